@@ -1,0 +1,94 @@
+"""The `--kvtuner-*` flags as one frozen, checked object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from sglang.srt.kvtuner.quantizer import PER_CHANNEL, SUPPORTED_BITS
+
+FLAG_OF_FIELD = {
+    "kvtuner_nbits_key": "--kvtuner-nbits-key",
+    "kvtuner_nbits_value": "--kvtuner-nbits-value",
+    "kvtuner_asym": "--kvtuner-asym",
+    "kvtuner_axis_key": "--kvtuner-axis-key",
+    "kvtuner_axis_value": "--kvtuner-axis-value",
+    "kvtuner_q_group_size": "--kvtuner-q-group-size",
+    "kvtuner_residual_length": "--kvtuner-residual-length",
+    "kvtuner_config": "--kvtuner-config",
+}
+
+
+class KVTunerConfigError(ValueError):
+    """A flag or preset that cannot work; the message names it, the value, and what would be valid."""
+
+
+@dataclass(frozen=True)
+class KVTunerConfig:
+    """What the flags say, independent of the model.
+
+    nbits_key, nbits_value: 2, 4 or 8; per-layer presets override them. asym: store zero points. axis_key, axis_value:
+    0 per token, 1 per channel. group_size: elements that share a scale, -1 for the whole head_dim. residual_length:
+    newest tokens kept in full precision. preset: path of a per-layer YAML preset, or None.
+    """
+
+    nbits_key: int = 4
+    nbits_value: int = 4
+    asym: bool = False
+    axis_key: int = 0
+    axis_value: int = 0
+    group_size: int = 64
+    residual_length: int = 128
+    preset: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        _check_choice("--kvtuner-nbits-key", self.nbits_key, SUPPORTED_BITS)
+        _check_choice("--kvtuner-nbits-value", self.nbits_value, SUPPORTED_BITS)
+        _check_choice("--kvtuner-axis-key", self.axis_key, (0, 1))
+        _check_choice("--kvtuner-axis-value", self.axis_value, (0, 1))
+        _check_choice("--kvtuner-asym", self.asym, (True, False))
+        _check_integer("--kvtuner-q-group-size", self.group_size)
+        _check_integer("--kvtuner-residual-length", self.residual_length)
+        if self.group_size != -1 and self.group_size <= 0:
+            raise KVTunerConfigError(
+                f"--kvtuner-q-group-size is {self.group_size}; valid are positive group sizes, "
+                "or -1 for the whole head_dim"
+            )
+        for flag, axis in (("--kvtuner-axis-key", self.axis_key), ("--kvtuner-axis-value", self.axis_value)):
+            if axis == PER_CHANNEL and self.group_size == -1:
+                raise KVTunerConfigError(
+                    f"--kvtuner-q-group-size is -1 with {flag} 1; per-channel groups run along the tokens of a "
+                    "page, so give a group size that divides --page-size (64 by default)"
+                )
+        if self.residual_length < 0:
+            raise KVTunerConfigError(
+                f"--kvtuner-residual-length is {self.residual_length}; valid are 0 and above"
+            )
+
+    @classmethod
+    def from_args(cls, args: Any) -> KVTunerConfig:
+        """Read the flags from ServerArgs, a resolving view, or the published ``kvtuner`` namespace.
+
+        Raises KVTunerConfigError for a value that cannot work.
+        """
+        return cls(
+            nbits_key=args.kvtuner_nbits_key,
+            nbits_value=args.kvtuner_nbits_value,
+            asym=args.kvtuner_asym,
+            axis_key=args.kvtuner_axis_key,
+            axis_value=args.kvtuner_axis_value,
+            group_size=args.kvtuner_q_group_size,
+            residual_length=args.kvtuner_residual_length,
+            preset=args.kvtuner_config,
+        )
+
+
+def _check_choice(flag: str, value: Any, choices: tuple) -> None:
+    # bool is an int in Python: without the type check `True` would pass for an axis of 1.
+    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
+        raise KVTunerConfigError(f"{flag} is {value!r}; valid are {', '.join(map(str, choices))}")
+
+
+def _check_integer(flag: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise KVTunerConfigError(f"{flag} is {value!r}; an integer is needed")

@@ -1,0 +1,84 @@
+"""What one layer's K or V looks like in the packed cache, to the byte.
+
+A *block* is the packed form of one page of one KV head: codes, then scales, then zero points. ``block_bytes`` counts
+all three, so that pool sizing, reports and buffers share one figure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.kvtuner.packing import codes_per_byte
+from sglang.srt.kvtuner.quantizer import PER_TOKEN
+
+SCALE_DTYPE = torch.float16
+ZERO_DTYPE = torch.int16
+PARAMETER_BYTES = 2
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """Format of K or V in one layer.
+
+    nbits: 2, 4 or 8. asym: zero points are stored. axis: 0 groups along head_dim, 1 along the tokens of a page.
+    group_size: elements that share a scale (resolved, never -1). page_size: tokens of a page. head_dim: elements of a
+    token in one head. Raises ValueError when a group does not divide its dimension or codes do not fill whole bytes.
+    """
+
+    nbits: int
+    asym: bool
+    axis: int
+    group_size: int
+    page_size: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        grouped = self.head_dim if self.axis == PER_TOKEN else self.page_size
+        if self.group_size <= 0 or grouped % self.group_size:
+            raise ValueError(f"a group of {self.group_size} does not divide {grouped} (axis {self.axis})")
+        if self.head_dim % codes_per_byte(self.nbits):
+            raise ValueError(f"head_dim {self.head_dim} at {self.nbits} bits does not fill whole bytes")
+
+    @property
+    def parameter_shape(self) -> tuple[int, int]:
+        """Shape of the scales (and zero points) of a block."""
+        if self.axis == PER_TOKEN:
+            return self.page_size, self.head_dim // self.group_size
+        return self.page_size // self.group_size, self.head_dim
+
+    @property
+    def code_bytes(self) -> int:
+        return self.page_size * self.head_dim * self.nbits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        return math.prod(self.parameter_shape) * PARAMETER_BYTES
+
+    @property
+    def zero_bytes(self) -> int:
+        return self.scale_bytes if self.asym else 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one page of one head."""
+        return self.code_bytes + self.scale_bytes + self.zero_bytes
+
+    @property
+    def stored_bits(self) -> float:
+        """Stored bits per element, group parameters included."""
+        return self.block_bytes * 8 / (self.page_size * self.head_dim)
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """Formats of one layer's keys and values."""
+
+    key: TensorFormat
+    value: TensorFormat
+
+    @property
+    def page_bytes_per_head(self) -> int:
+        return self.key.block_bytes + self.value.block_bytes

@@ -1,0 +1,135 @@
+"""The layer plan: one frozen object that says what every layer of the cache stores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from sglang.srt.kvtuner.config import KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.packing import codes_per_byte
+from sglang.srt.kvtuner.preset import LayerBits, load_preset
+from sglang.srt.kvtuner.quantizer import PER_TOKEN
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Formats of all layers (global layer order), page size in tokens, and residual window in tokens."""
+
+    layers: tuple[LayerFormat, ...]
+    page_size: int
+    residual_length: int
+
+    @property
+    def ring_length(self) -> int:
+        """Full-precision tokens kept per request: the window plus the unfinished page, in whole pages."""
+        pages = -(-self.residual_length // self.page_size) + 1
+        return pages * self.page_size
+
+    def nominal_bits(self) -> tuple[float, float]:
+        """Average bits of K and of V over layers, without scales and zero points."""
+        count = len(self.layers)
+        return (
+            sum(layer.key.nbits for layer in self.layers) / count,
+            sum(layer.value.nbits for layer in self.layers) / count,
+        )
+
+    def stored_bits(self) -> tuple[float, float]:
+        """Average stored bits per element of K and of V over layers, scales and zero points included."""
+        count = len(self.layers)
+        return (
+            sum(layer.key.stored_bits for layer in self.layers) / count,
+            sum(layer.value.stored_bits for layer in self.layers) / count,
+        )
+
+    def page_bytes_per_head(self) -> int:
+        """Packed bytes of one page of one KV head, all layers."""
+        return sum(layer.page_bytes_per_head for layer in self.layers)
+
+    def settings(self) -> dict:
+        """The plan as plain values: what ranks compare, and what :meth:`digest` hashes."""
+        return {
+            "page_size": self.page_size,
+            "residual_length": self.residual_length,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of :meth:`settings`."""
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """One line for the log."""
+        kinds = sorted({f"K{layer.key.nbits}V{layer.value.nbits}" for layer in self.layers})
+        first = self.layers[0]
+        axes = {0: "per token", 1: "per channel"}
+        return (
+            f"{len(self.layers)} layers {'/'.join(kinds)}, {'asymmetric' if first.key.asym else 'symmetric'}, "
+            f"K {axes[first.key.axis]} g{first.key.group_size}, V {axes[first.value.axis]} g{first.value.group_size}, "
+            f"page {self.page_size}, residual {self.residual_length}"
+        )
+
+
+def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_size: int) -> CachePlan:
+    """Resolve the flags for a model of ``num_layers`` layers with ``head_dim`` elements per head.
+
+    Raises KVTunerConfigError, naming the flag, where the model and the flags do not fit.
+    """
+    bits = _layer_bits(config, num_layers)
+    key_group = _group_size(config, "key", config.axis_key, head_dim, page_size)
+    value_group = _group_size(config, "value", config.axis_value, head_dim, page_size)
+    for flag, widths in (
+        ("--kvtuner-nbits-key", {b.key for b in bits}),
+        ("--kvtuner-nbits-value", {b.value for b in bits}),
+    ):
+        for nbits in widths:
+            if head_dim % codes_per_byte(nbits):
+                raise KVTunerConfigError(
+                    f"{flag} is {nbits}: the model's head_dim {head_dim} does not fill whole bytes at that width"
+                )
+
+    def tensor(nbits: int, axis: int, group: int) -> TensorFormat:
+        return TensorFormat(
+            nbits=nbits, asym=config.asym, axis=axis, group_size=group, page_size=page_size, head_dim=head_dim
+        )
+
+    layers = tuple(
+        LayerFormat(
+            key=tensor(b.key, config.axis_key, key_group), value=tensor(b.value, config.axis_value, value_group)
+        )
+        for b in bits
+    )
+    return CachePlan(layers=layers, page_size=page_size, residual_length=config.residual_length)
+
+
+def _layer_bits(config: KVTunerConfig, num_layers: int) -> tuple[LayerBits, ...]:
+    if config.preset is None:
+        return (LayerBits(key=config.nbits_key, value=config.nbits_value),) * num_layers
+    bits = load_preset(config.preset)
+    if len(bits) != num_layers:
+        raise KVTunerConfigError(
+            f"--kvtuner-config {config.preset}: the preset has {len(bits)} layers, the model has {num_layers}"
+        )
+    return bits
+
+
+def _group_size(config: KVTunerConfig, which: str, axis: int, head_dim: int, page_size: int) -> int:
+    group = config.group_size
+    if axis == PER_TOKEN:
+        group = head_dim if group == -1 else group
+        if head_dim % group:
+            raise KVTunerConfigError(
+                f"--kvtuner-q-group-size is {group} with --kvtuner-axis-{which} 0; per-token groups must divide the "
+                f"model's head_dim {head_dim} (valid: {_divisors(head_dim)}, or -1 for all of it)"
+            )
+    elif page_size % group:
+        raise KVTunerConfigError(
+            f"--kvtuner-q-group-size is {group} with --kvtuner-axis-{which} 1; per-channel groups must divide the "
+            f"page, --page-size {page_size} (valid: {_divisors(page_size)})"
+        )
+    return group
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(8, n + 1) if n % d == 0)

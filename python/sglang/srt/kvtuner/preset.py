@@ -1,0 +1,134 @@
+"""Per-layer precision from KVTuner's YAML presets.
+
+A preset maps every layer index to its bits::
+
+    0: {nbits_key: 8, nbits_value: 4}
+    1: {nbits_key: 4, nbits_value: 2}
+
+A layer may instead map KV head indices to such pairs (KVTuner's per-head form). The packed cache has one format per
+layer, so that form is read where all heads of a layer agree and refused where they do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import yaml
+
+from sglang.srt.kvtuner.config import KVTunerConfigError
+from sglang.srt.kvtuner.quantizer import SUPPORTED_BITS
+
+_KEYS = ("nbits_key", "nbits_value")
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bits of one layer's keys and values."""
+
+    key: int
+    value: int
+
+
+class PresetError(KVTunerConfigError):
+    """A preset that cannot be used; the message names the file and, where there is one, the line."""
+
+
+def load_preset(path: str) -> tuple[LayerBits, ...]:
+    """Read a preset; entry i is layer i.
+
+    Raises PresetError, naming file and line, for an unreadable file, malformed YAML, unknown or missing keys, bits
+    other than 2, 4, 8, repeated or missing layers, and heads of a layer that disagree.
+    """
+    return _PresetReader(path).read()
+
+
+class _PresetReader:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(self) -> tuple[LayerBits, ...]:
+        try:
+            with open(self.path, encoding="utf-8") as stream:
+                root = yaml.compose(stream, Loader=yaml.SafeLoader)
+        except (OSError, UnicodeDecodeError) as error:
+            raise PresetError(f"--kvtuner-config {self.path}: cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            problem = getattr(error, "problem", None) or str(error)
+            raise PresetError(self._where(mark) + f"not valid YAML: {problem}") from error
+        if root is None:
+            raise PresetError(f"--kvtuner-config {self.path}: the file is empty")
+        layers = {}
+        for index, node, key_node in self._integer_entries(root, "layer"):
+            if index in layers:
+                self._fail(key_node, f"layer {index} is given twice")
+            layers[index] = self._layer(index, node)
+        missing = sorted(set(range(max(layers) + 1)) - set(layers))
+        if missing:
+            self._fail(root, f"layer {missing[0]} is missing; layers are numbered from 0 without gaps")
+        return tuple(layers[i] for i in range(len(layers)))
+
+    def _layer(self, index: int, node: yaml.Node) -> LayerBits:
+        if not isinstance(node, yaml.MappingNode):
+            self._fail(node, f"layer {index} is not a mapping of {' and '.join(_KEYS)}")
+        if any(self._is_integer(key) for key, _ in node.value):
+            return self._per_head_layer(index, node)
+        return self._bits(f"layer {index}", node)
+
+    def _per_head_layer(self, index: int, node: yaml.MappingNode) -> LayerBits:
+        heads = {}
+        for head, bits_node, key_node in self._integer_entries(node, f"head of layer {index}"):
+            if head in heads:
+                self._fail(key_node, f"head {head} of layer {index} is given twice")
+            heads[head] = self._bits(f"layer {index}, head {head}", bits_node)
+            first = next(iter(heads.values()))
+            if heads[head] != first:
+                self._fail(
+                    key_node,
+                    f"heads of layer {index} differ: head {head} has K{heads[head].key}V{heads[head].value}, others "
+                    f"K{first.key}V{first.value}; the packed cache has one precision per layer",
+                )
+        return first
+
+    def _bits(self, what: str, node: yaml.Node) -> LayerBits:
+        if not isinstance(node, yaml.MappingNode):
+            self._fail(node, f"{what} is not a mapping of {' and '.join(_KEYS)}")
+        found = {}
+        for key_node, value_node in node.value:
+            key = getattr(key_node, "value", None)
+            if key not in _KEYS:
+                self._fail(key_node, f"{what} has the unknown key {key!r}; valid are {', '.join(_KEYS)}")
+            if key in found:
+                self._fail(key_node, f"{what} gives {key} twice")
+            if not self._is_integer(value_node) or int(value_node.value) not in SUPPORTED_BITS:
+                given = getattr(value_node, "value", None)
+                self._fail(
+                    value_node, f"{key} of {what} is {given!r}; valid are {', '.join(map(str, SUPPORTED_BITS))}"
+                )
+            found[key] = int(value_node.value)
+        for key in _KEYS:
+            if key not in found:
+                self._fail(node, f"{what} has no {key}")
+        return LayerBits(key=found["nbits_key"], value=found["nbits_value"])
+
+    def _integer_entries(self, node: yaml.Node, what: str):
+        if not isinstance(node, yaml.MappingNode):
+            self._fail(node, "a preset is a mapping from layer index to bits")
+        for key_node, value_node in node.value:
+            if not self._is_integer(key_node) or int(key_node.value) < 0:
+                given = getattr(key_node, "value", None)
+                self._fail(key_node, f"{given!r} is not a {what} index")
+            yield int(key_node.value), value_node, key_node
+
+    @staticmethod
+    def _is_integer(node: yaml.Node) -> bool:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:int":
+            return False
+        return node.value.lstrip("-").isdigit()
+
+    def _where(self, mark) -> str:
+        line = "" if mark is None else f", line {mark.line + 1}"
+        return f"--kvtuner-config {self.path}{line}: "
+
+    def _fail(self, node: yaml.Node, problem: str):
+        raise PresetError(self._where(node.start_mark) + problem)

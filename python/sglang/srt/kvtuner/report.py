@@ -1,0 +1,45 @@
+"""What the cache stores, computed from the buffers that are allocated; shown in ``/server_info``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.kvtuner.pool import KVTunerTokenToKVPool
+
+
+def contribute_internal_state(scheduler: Any, state: dict) -> None:
+    """Put the report of the scheduler's pool into its internal state as ``kvtuner``."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    state["kvtuner"] = pool_report(pool)
+
+
+def pool_report(pool: KVTunerTokenToKVPool) -> dict:
+    """Figures of one rank's pool.
+
+    stored_bits*: bits of the packed buffers per element that they can hold. bytes_per_token*: of this rank.
+    capacity_tokens_full_precision: tokens of an unquantized cache in the same memory (pages and rings).
+    """
+    tokens = pool.keys[0].shape[0] * pool.page_size
+    elements = tokens * pool.kv_heads * pool.head_dim * pool.layer_num
+    key_bytes = sum(t.nbytes for t in pool.keys)
+    value_bytes = sum(t.nbytes for t in pool.values)
+    ring_bytes = pool.window.size_bytes()
+    full_token_bytes = 2 * pool.layer_num * pool.kv_heads * pool.head_dim * pool.full_precision_dtype.itemsize
+    nominal_key, nominal_value = pool.plan.nominal_bits()
+    return {
+        "plan": pool.plan.describe(),
+        "plan_digest": pool.plan.digest(),
+        "attention": "torch reference",
+        "average_bits_key": nominal_key,
+        "average_bits_value": nominal_value,
+        "stored_bits_key": key_bytes * 8 / elements,
+        "stored_bits_value": value_bytes * 8 / elements,
+        "stored_bits": (key_bytes + value_bytes) * 8 / (2 * elements),
+        "bytes_per_token": (key_bytes + value_bytes) / tokens,
+        "bytes_per_token_full_precision": full_token_bytes,
+        "pool_bytes": key_bytes + value_bytes,
+        "ring_bytes": ring_bytes,
+        "ring_slots": pool.window.keys[0].shape[0],
+        "capacity_tokens": pool.size,
+        "capacity_tokens_full_precision": (key_bytes + value_bytes + ring_bytes) // full_token_bytes,
+    }
