@@ -1,0 +1,121 @@
+"""Getting the pinned upstream wheel for this interpreter, checked by hash wherever it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Iterable
+
+from packaging.tags import Tag, sys_tags
+from packaging.utils import parse_wheel_filename
+
+from .errors import ForkError
+from .pin import Pin
+
+WHEEL = "SGLANG_UPSTREAM_WHEEL"
+FIND_LINKS = "SGLANG_UPSTREAM_FIND_LINKS"
+CACHE = "SGLANG_UPSTREAM_CACHE"
+
+
+def select(pin: Pin, tags: Iterable[Tag] | None = None) -> str:
+    """The file name of the pinned wheel that suits `tags`, by default those of this interpreter.
+
+    Raises ForkError, naming the tag and the pinned wheels, where there is none.
+    """
+    tags = list(sys_tags() if tags is None else tags)
+    for tag in tags:
+        for name in sorted(pin.sha256):
+            if tag in parse_wheel_filename(name)[3]:
+                return name
+    pinned = "".join(f"\n  {name}" for name in sorted(pin.sha256))
+    raise ForkError(f"no upstream wheel is pinned for this interpreter and platform ({tags[0]}); pinned are:{pinned}")
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(pin: Pin, tags: Iterable[Tag] | None = None) -> Path:
+    """The pinned wheel as a local file with the pinned hash.
+
+    It comes from the file in $SGLANG_UPSTREAM_WHEEL, else from the folder in $SGLANG_UPSTREAM_FIND_LINKS, else from the
+    cache ($SGLANG_UPSTREAM_CACHE), which pip fills. Raises ForkError where it is missing or its hash is another.
+    """
+    name = select(pin, tags)
+    if given := os.environ.get(WHEEL):
+        return _checked(Path(given), pin.sha256[name], f"{WHEEL}: ", name)
+    if folder := os.environ.get(FIND_LINKS):
+        return _checked(Path(folder, name), pin.sha256[name], f"{FIND_LINKS}: ", name)
+    cached = cache_folder() / name
+    if not cached.is_file() or digest(cached) != pin.sha256[name]:
+        _download_pinned(pin, name, cached)
+    return cached
+
+
+def cache_folder() -> Path:
+    """The folder that keeps downloaded wheels; created where needed. Raises ForkError where that fails."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get(CACHE) or Path(base, "sglang-kvtuner"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ForkError(f"cannot create the folder {folder}: {error.strerror}; name another in {CACHE}") from None
+    return folder
+
+
+def pip_download(folder: Path, *arguments: str) -> Path:
+    """The one wheel that `pip download` with these arguments leaves in the empty `folder`. Raises PipFailed."""
+    # A user's constraints have no hashes, which would stop hash-checking mode; they are not about this file.
+    environment = {key: value for key, value in os.environ.items() if key != "PIP_CONSTRAINT"}
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--dest", str(folder), *arguments]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = sorted(folder.glob("*.whl"))
+    if result.returncode or len(found) != 1:
+        raise PipFailed(result.stdout)
+    return found[0]
+
+
+class PipFailed(Exception):
+    """pip's output, where a download failed."""
+
+    def reason(self) -> str:
+        """pip's own error lines, or the last line that it wrote."""
+        lines = [line.strip() for line in str(self).splitlines() if line.strip()] or ["pip said nothing"]
+        return " ".join(line for line in lines if line.startswith("ERROR")) or lines[-1]
+
+
+def _download_pinned(pin: Pin, name: str, target: Path) -> None:
+    expected = pin.sha256[name]
+    # In the target's folder, so that the finished file can be moved into place in one step.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"sglang=={pin.version} --hash=sha256:{expected}\n", encoding="utf-8")
+        try:
+            found = pip_download(Path(folder), "--require-hashes", "-r", str(requirements))
+        except PipFailed as failure:
+            if got := re.search(r"Got\s+([0-9a-f]{64})", str(failure)):
+                raise ForkError(_wrong_hash(name, expected, got[1])) from None
+            raise ForkError(
+                f"pip could not download {name}: {failure.reason()}\n"
+                f"Without an index, name the file in {WHEEL} or its folder in {FIND_LINKS}."
+            ) from None
+        os.replace(_checked(found, expected, "", name), target)
+
+
+def _checked(path: Path, expected: str, prefix: str, name: str) -> Path:
+    if not path.is_file():
+        raise ForkError(f"{prefix}{path} is no file; {name} is needed")
+    if (got := digest(path)) != expected:
+        raise ForkError(prefix + _wrong_hash(path.name, expected, got))
+    return path
+
+
+def _wrong_hash(name: str, expected: str, got: str) -> str:
+    return f"{name} is not the pinned file: sha256\n  expected {expected}\n  got      {got}"

@@ -1,0 +1,55 @@
+"""Other upstream releases: getting them unpinned, and judging this fork against them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+from packaging.utils import parse_wheel_filename
+
+from . import edits, fetch, own, review, wheel
+from .errors import ForkError
+from .pin import ROOT, Pin
+
+# pip takes a foreign platform literally, and the next release may be built against another C library.
+_LIBC_MINORS = range(17, 46)
+
+
+def judge(upstream: Path, pin: Pin, root: Path = ROOT) -> tuple[list[review.Finding], list[str]]:
+    """How every edit fits the wheel `upstream`, and the own files that are in it too, by installed path."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel.unpack(upstream, Path(folder))
+        files = review.by_file(Path(folder), edits.load(root), pin.fork_version)
+        collisions = [name for name in sorted(own.find(root)) if Path(folder, name).exists()]
+    return [finding for file in files for finding in file.findings], collisions
+
+
+def download(pin: Pin, version: str, folder: Path, *, every: bool) -> list[Path]:
+    """Release `version`'s wheel for this interpreter and, with `every`, those like each other pinned one after it.
+
+    Nothing is known of their hashes yet. Raises ForkError where one is not to be had.
+    """
+    mine = fetch.select(pin)
+    names = [mine, *sorted(set(pin.sha256) - {mine})] if every else [mine]
+    return [_download(name, version, folder / name) for name in names]
+
+
+def _download(like: str, version: str, folder: Path) -> Path:
+    folder.mkdir()
+    (tag,) = parse_wheel_filename(like)[3]
+    python = re.fullmatch(r"cp(\d)(\d+)", tag.interpreter)
+    machine = re.fullmatch(r"manylinux_\d+_\d+_(\w+)", tag.platform)
+    if not python or not machine:
+        raise ForkError(f"{like}: only wheels for CPython on manylinux can be looked up")
+    platforms = [f"--platform=manylinux_2_{minor}_{machine[1]}" for minor in _LIBC_MINORS]
+    try:
+        return fetch.pip_download(folder, f"--python-version={python[1]}.{python[2]}", *platforms, f"sglang=={version}")
+    except fetch.PipFailed as failure:
+        raise ForkError(f"pip could not download a wheel like {like} of {version}: {failure.reason()}") from None
+
+
+def moved(pin: Pin, version: str, wheels: list[Path]) -> Pin:
+    """A pin of release `version` with the hashes of `wheels`; the fork's own count starts again at 1."""
+    name = pin.local.rpartition(".")[0] or pin.local
+    return Pin(version, f"{name}.1", {path.name: fetch.digest(path) for path in wheels})
