@@ -31,9 +31,9 @@ def diff(root: Path = ROOT) -> int:
         for file in review.by_file(Path(folder), edits.load(root), pin.fork_version):
             if file.data is None:
                 raise ForkError(_conflicts(file.findings)[0].detail)
-            before = (Path(folder) / file.target).read_text(encoding="utf-8").splitlines(keepends=True)
-            after = file.data.decode("utf-8").splitlines(keepends=True)
-            print("".join(difflib.unified_diff(before, after, f"a/{file.target}", f"b/{file.target}")), end="")
+            sides = [(Path(folder) / file.target).read_bytes(), file.data]
+            lines = [[line.decode() for line in side.splitlines(keepends=True)] for side in sides]
+            print("".join(difflib.unified_diff(*lines, f"a/{file.target}", f"b/{file.target}")), end="")
     print("\nOwn files:")
     for name in sorted(own.find(root)):
         print(f"  {name}")
@@ -62,14 +62,13 @@ def rebase(version: str, write: bool, root: Path = ROOT) -> int:
     """Print how every edit fits release `version`, and move the pin there if asked to and nothing conflicts."""
     pin = Pin.load(root)
     with tempfile.TemporaryDirectory() as folder:
-        wheels = releases.download(pin, version, Path(folder), every=write)
-        other = releases.moved(pin, version, wheels)
-        findings, collisions = releases.judge(wheels[0], other, root)
+        upstream = releases.download(fetch.select(pin), version, Path(folder))
+        findings, collisions = releases.judge(upstream, pin, root)
         status = _report((findings, collisions))
         if write and (_conflicts(findings) or collisions):
             raise ForkError(f"{PIN} stays at {pin.version}: there are conflicts")
         if write:
-            other.save(root)
+            releases.moved(pin, version, Path(folder)).save(root)
             print(f"{PIN} is at {version}." + (" Review the edits above, then run fork.py record." if status else ""))
     return status
 

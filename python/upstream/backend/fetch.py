@@ -86,9 +86,9 @@ class PipFailed(Exception):
     """pip's output, where a download failed."""
 
     def reason(self) -> str:
-        """pip's own error lines, or the last line that it wrote."""
+        """pip's last error line, or else the last line that it wrote."""
         lines = [line.strip() for line in str(self).splitlines() if line.strip()] or ["pip said nothing"]
-        return " ".join(line for line in lines if line.startswith("ERROR")) or lines[-1]
+        return ([line for line in lines if line.startswith("ERROR: ")] or lines)[-1].removeprefix("ERROR: ")
 
 
 def _download_pinned(pin: Pin, name: str, target: Path) -> None:

@@ -29,8 +29,8 @@ def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings=No
     with tempfile.TemporaryDirectory() as folder:
         wheel.unpack(fetch.fetch(pin), Path(folder), only=f"sglang-{pin.version}.dist-info/")
         info = restamp(pin, Path(folder))
-        (info / "RECORD").unlink()
-        shutil.copytree(info, Path(metadata_directory, info.name))
+        # A RECORD belongs to a whole wheel.
+        shutil.copytree(info, Path(metadata_directory, info.name), ignore=shutil.ignore_patterns("RECORD"))
     return info.name
 
 

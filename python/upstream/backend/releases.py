@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.utils import parse_wheel_filename
@@ -25,31 +26,29 @@ def judge(upstream: Path, pin: Pin, root: Path = ROOT) -> tuple[list[review.Find
     return [finding for file in files for finding in file.findings], collisions
 
 
-def download(pin: Pin, version: str, folder: Path, *, every: bool) -> list[Path]:
-    """Release `version`'s wheel for this interpreter and, with `every`, those like each other pinned one after it.
+def download(like: str, version: str, folder: Path) -> Path:
+    """Release `version`'s wheel for the Python and machine of the wheel name `like`, in a new folder in `folder`.
 
-    Nothing is known of their hashes yet. Raises ForkError where one is not to be had.
+    Nothing is known of its hash. Raises ForkError where there is none.
     """
-    mine = fetch.select(pin)
-    names = [mine, *sorted(set(pin.sha256) - {mine})] if every else [mine]
-    return [_download(name, version, folder / name) for name in names]
-
-
-def _download(like: str, version: str, folder: Path) -> Path:
-    folder.mkdir()
     (tag,) = parse_wheel_filename(like)[3]
     python = re.fullmatch(r"cp(\d)(\d+)", tag.interpreter)
     machine = re.fullmatch(r"manylinux_\d+_\d+_(\w+)", tag.platform)
     if not python or not machine:
         raise ForkError(f"{like}: only wheels for CPython on manylinux can be looked up")
-    platforms = [f"--platform=manylinux_2_{minor}_{machine[1]}" for minor in _LIBC_MINORS]
+    options = [f"--platform=manylinux_2_{minor}_{machine[1]}" for minor in _LIBC_MINORS]
+    options.append(f"--python-version={python[1]}.{python[2]}")
     try:
-        return fetch.pip_download(folder, f"--python-version={python[1]}.{python[2]}", *platforms, f"sglang=={version}")
+        return fetch.pip_download(Path(tempfile.mkdtemp(dir=folder)), *options, f"sglang=={version}")
     except fetch.PipFailed as failure:
         raise ForkError(f"pip could not download a wheel like {like} of {version}: {failure.reason()}") from None
 
 
-def moved(pin: Pin, version: str, wheels: list[Path]) -> Pin:
-    """A pin of release `version` with the hashes of `wheels`; the fork's own count starts again at 1."""
-    name = pin.local.rpartition(".")[0] or pin.local
-    return Pin(version, f"{name}.1", {path.name: fetch.digest(path) for path in wheels})
+def moved(pin: Pin, version: str, folder: Path) -> Pin:
+    """A pin of release `version`, with a wheel like each one now pinned; they are downloaded into `folder` and hashed.
+
+    The fork's own count starts again at 1. Raises ForkError where a wheel is not to be had.
+    """
+    wheels = [download(name, version, folder) for name in sorted(pin.sha256)]
+    local = f"{pin.local.partition('.')[0]}.1"
+    return Pin(version, local, {path.name: fetch.digest(path) for path in wheels})

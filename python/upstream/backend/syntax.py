@@ -50,7 +50,7 @@ def statements(scope: ast.AST) -> Iterator[ast.stmt]:
 
 
 def find_scopes(tree: ast.Module, name: str) -> list[ast.AST]:
-    """The definitions with this dotted name, of which there may be several under `if` or `@overload`; "" is the module."""
+    """The definitions with this dotted name, several where `if` or `@overload` allow it; the module itself for ""."""
     found: list[ast.AST] = [tree]
     for part in name.split(".") if name else ():
         found = [s for scope in found for s in statements(scope) if isinstance(s, _DEFINITIONS) and s.name == part]
