@@ -84,8 +84,8 @@ class KVTunerConfig:
 
 
 def _check_choice(flag: str, value: Any, choices: tuple) -> None:
-    # bool is an int in Python: without the type check `True` would pass for an axis of 1.
-    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
+    # Without the type check `True` would pass for an axis of 1, and 4.0 for 4 bits.
+    if type(value) is not type(choices[0]) or value not in choices:
         raise KVTunerConfigError(f"{flag} is {value!r}; valid are {', '.join(map(str, choices))}")
 
 

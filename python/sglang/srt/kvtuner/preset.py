@@ -63,7 +63,9 @@ class _PresetReader:
             if index in layers:
                 self._fail(key_node, f"layer {index} is given twice")
             layers[index] = self._layer(index, node)
-        missing = sorted(set(range(max(layers) + 1)) - set(layers))
+        if not layers:
+            self._fail(root, "the preset has no layers")
+        missing = [index for index in range(len(layers)) if index not in layers]
         if missing:
             self._fail(root, f"layer {missing[0]} is missing; layers are numbered from 0 without gaps")
         return tuple(layers[i] for i in range(len(layers)))
@@ -117,7 +119,7 @@ class _PresetReader:
         for key_node, value_node in node.value:
             if not self._is_integer(key_node) or int(key_node.value) < 0:
                 given = getattr(key_node, "value", None)
-                self._fail(key_node, f"{given!r} is not a {what} index")
+                self._fail(key_node, f"{given!r} is not the index of a {what}")
             yield int(key_node.value), value_node, key_node
 
     @staticmethod

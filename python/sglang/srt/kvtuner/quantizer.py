@@ -88,7 +88,8 @@ def quantize(
         low, high = grouped.amin(inner, keepdim=True), grouped.amax(inner, keepdim=True)
         scale = (high - low).clamp(min=RANGE_FLOOR) / (q_max - q_min)
         if scale_dtype != torch.float32:
-            scale = torch.maximum(scale, low.abs() / MAX_STORED_ZERO)
+            # Half a step more, so that rounding the scale cannot take it below what the zero point needs.
+            scale = torch.maximum(scale, low.abs() / MAX_STORED_ZERO + _smallest_step(scale_dtype) / 2)
         scale = _round_scale(scale, scale_dtype)
         zero = torch.round(low / scale) - q_min
         codes = torch.round(grouped / scale - zero)
@@ -132,5 +133,10 @@ def group_dimension(axis: int) -> int:
 def _round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float32:
         return scale
+    return scale.clamp(min=_smallest_step(dtype), max=torch.finfo(dtype).max).to(dtype).float()
+
+
+def _smallest_step(dtype: torch.dtype) -> float:
+    """The smallest positive (subnormal) value, which is the distance of neighbours up to twice the smallest normal."""
     info = torch.finfo(dtype)
-    return scale.clamp(min=info.smallest_normal * info.eps, max=info.max).to(dtype).float()
+    return info.smallest_normal * info.eps

@@ -1,0 +1,42 @@
+# Commands for people who work on this repository; `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+RUN = $(VENV)/bin/python
+
+.PHONY: help venv setup model demo serve test clean
+
+help:
+	@echo "make setup   virtual environment $(VENV) with this sglang and its dependencies (first time: 11 GB, minutes)"
+	@echo "make model   the small real model of the demo and the tests, in .cache/models"
+	@echo "make demo    serve it with the quantized cache, ask a question, show what the cache costs (DEMO_ARGS=...)"
+	@echo "make serve   the same, and keep serving until Ctrl-C"
+	@echo "make test    all tests; PYTEST_ARGS='test/srt -k name' chooses, '-m \"not server\"' leaves out the slow ones"
+	@echo "make clean   remove the environment and everything that was built; .cache/wheels and models too"
+	@echo
+	@echo "PYTHON=$(PYTHON) makes the environment; VENV=$(VENV) is where. Without an NVIDIA GPU the portable CPU build"
+	@echo "of sgl_kernel is installed, with one the published CUDA build."
+
+venv: setup
+
+setup:
+	$(PYTHON) scripts/setup_venv.py --venv $(VENV)
+
+model: setup
+	$(RUN) scripts/make_smollm2.py
+
+demo: setup
+	$(RUN) scripts/demo.py $(DEMO_ARGS)
+
+serve: setup
+	$(RUN) scripts/demo.py --serve $(DEMO_ARGS)
+
+test: setup
+	$(RUN) -m pytest -ra $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache build dist .pytest_cache sgl-kernel/build sgl-kernel/python/*.egg-info
+	find scripts test python sgl-kernel -name __pycache__ -type d -prune -exec rm -rf {} +
