@@ -33,19 +33,23 @@ class Recipe:
 
 
 def fake_quantize(x, bits, asym, axis, group):
-    """``x`` [..., tokens, head_dim] rounded to the grid of its groups, in float32."""
+    """``x`` [..., tokens, head_dim] rounded to the grid of its groups, in float32; steps are float16, as they are stored."""
     if axis == 1:
         return fake_quantize(x.transpose(-1, -2), bits, asym, 0, group).transpose(-1, -2)
     groups = x.float().reshape(*x.shape[:-1], x.shape[-1] // group, group)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if asym:
-        step = (high - low).clamp(min=1e-5) / (2**bits - 1)
+        step = _stored((high - low).clamp(min=1e-5) / (2**bits - 1))
         first = torch.round(low / step)
     else:
-        step = torch.maximum(high, -low).clamp(min=1e-5) / (2 ** (bits - 1) - 1)
+        step = _stored(torch.maximum(high, -low).clamp(min=1e-5) / (2 ** (bits - 1) - 1))
         first = torch.full_like(step, -(2 ** (bits - 1)))
     levels = torch.round(groups / step)
     return (torch.minimum(torch.maximum(levels, first), first + 2**bits - 1) * step).reshape(x.shape)
+
+
+def _stored(step):
+    return step.half().float()
 
 
 def window_logprobs(checkpoint, windows, recipe, chunk=128):

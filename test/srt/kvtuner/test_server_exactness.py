@@ -11,6 +11,7 @@ import harness
 import pytest
 from harness.fake_quant import Recipe, window_logprobs
 from harness.text import prose_tokens, windows
+from harness.upstream import unpack_upstream
 
 FLOAT32 = ("--dtype", "float32", "--sleep-on-idle")
 CHUNK = 128
@@ -83,6 +84,14 @@ def test_flag_off_runs_no_code_of_ours(flag_off):
     allowed |= {"sglang.srt.kvtuner.quantizer"}  # config.py takes the valid bits from it
     assert flag_off.imports <= allowed
     assert flag_off.page_size == 1
+
+
+def test_flag_off_answers_as_upstream_does(smollm2_checkpoint, flag_off, launch_server, tmp_path):
+    env = {"PYTHONPATH": str(unpack_upstream(tmp_path / "upstream"))}
+    prompts = greedy_prompts(smollm2_checkpoint)[:5]
+    with launch_server(smollm2_checkpoint, *FLOAT32, "--chunked-prefill-size", "2048", env=env) as server:
+        assert "enable_kvtuner_quant" not in server.server_info()
+        assert greedy(server, prompts) == flag_off.tokens[: len(prompts)]
 
 
 def test_window_larger_than_every_sequence_equals_flag_off(smollm2_checkpoint, flag_off, launch_server):

@@ -43,8 +43,8 @@ def require_same_plan(plan: CachePlan) -> None:
     _wait_for_readers(store, rank, world_size)
     if problems:
         raise RuntimeError(
-            f"Quantized KV cache: ranks hold different plans. This is {_describe([rank], mine)}. {'. '.join(problems)}. "
-            "Start every node with the same --kvtuner-* flags"
+            f"Quantized KV cache: ranks hold different plans. This is {_describe([rank], mine)}. "
+            f"{'. '.join(problems)}. Start every node with the same --kvtuner-* flags"
         )
     logger.info("Quantized KV cache: all %d ranks hold plan %s", world_size, mine["digest"][:12])
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+# Attention weights computed at once: 256 MiB of float32.
+MAX_WEIGHTS = 1 << 26
+
 
 class KVTunerAttnBackend(AttentionBackend):
     """Computes in float32 from dequantized pages, the residual window and the step's own keys and values.
@@ -46,7 +49,9 @@ class KVTunerAttnBackend(AttentionBackend):
                 list(forward_batch.extend_seq_lens_cpu),
             )
         else:
-            raise NotImplementedError(f"the quantized KV cache does not support {forward_batch.forward_mode}")
+            raise NotImplementedError(
+                f"the quantized KV cache does not support {forward_batch.forward_mode.name} batches"
+            )
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         """q [tokens, heads * head_dim] (or split by heads), k and v [tokens, kv_heads, head_dim]; returns the shape of q,
@@ -79,23 +84,32 @@ class KVTunerAttnBackend(AttentionBackend):
                 torch.cat([k_prior, k_new.float()]),
                 torch.cat([v_prior, v_new.float()]),
                 scaling=layer.scaling,
-                mask=step.mask,
             )
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scaling: float, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Grouped-query attention of one request in float32.
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    """Causal grouped-query attention of one request's newest tokens, in float32.
 
-    q: [new, heads, head_dim]. k, v: float32 [tokens, kv_heads, head_dim]. mask: bool [new, tokens] or None.
+    q: [new, heads, head_dim]. k, v: float32 [tokens, kv_heads, head_dim]; the last ``new`` of them are the queries' own.
     Returns float32 [new, heads, head_dim].
     """
+    new, heads = q.shape[:2]
+    prior = k.shape[0] - new
+    # A long chunk over a long prefix goes in blocks, since the weights are [heads, new, tokens].
+    block = max(MAX_WEIGHTS // (heads * k.shape[0]), 1)
+    return torch.cat([_attend_block(q, k, v, scaling, prior, i, min(i + block, new)) for i in range(0, new, block)])
+
+
+def _attend_block(q, k, v, scaling: float, prior: int, start: int, end: int) -> torch.Tensor:
+    seen = prior + end
+    mask = None
+    if end - start > 1:
+        mask = torch.ones(end - start, seen, dtype=torch.bool, device=q.device).tril_(prior + start)
     out = scaled_dot_product_attention(
-        q.float().transpose(0, 1).unsqueeze(0),
-        k.transpose(0, 1).unsqueeze(0),
-        v.transpose(0, 1).unsqueeze(0),
+        q[start:end].float().transpose(0, 1).unsqueeze(0),
+        k[:seen].transpose(0, 1).unsqueeze(0),
+        v[:seen].transpose(0, 1).unsqueeze(0),
         attn_mask=mask,
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],

@@ -13,7 +13,6 @@ It then packs every page that it completed and keeps its newest tokens in the ri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
@@ -28,8 +27,7 @@ class SequenceStep:
     slot: request slot. tokens: its rows in the batch. prior, packed_end: see the module. packed_pages: page ids of
     [0, packed_end). prior_rows: ring rows of [packed_end, prior). open_rows: ring rows of the unfinished page's
     tokens before the step. completed_pages: page ids that the step fills. kept_rows: ring rows of the step's newest
-    tokens. mask: bool [new, prior + new], True where a query may look, or None where it may look everywhere. Index
-    tensors are int64 on the cache's device.
+    tokens. Index tensors are int64 on the cache's device.
     """
 
     slot: int
@@ -41,7 +39,6 @@ class SequenceStep:
     open_rows: torch.Tensor
     completed_pages: torch.Tensor
     kept_rows: torch.Tensor
-    mask: Optional[torch.Tensor]
 
     @property
     def new(self) -> int:
@@ -86,7 +83,6 @@ class StepPlanner:
             open_rows=self._rows(open_start, prior),
             completed_pages=self._pages(slot, open_start, end // page * page),
             kept_rows=self._rows(max(prior, end - window.length), end),
-            mask=self._causal_mask(prior, new),
         )
 
     def _pages(self, slot: int, start: int, end: int) -> torch.Tensor:
@@ -95,8 +91,3 @@ class StepPlanner:
 
     def _rows(self, start: int, end: int) -> torch.Tensor:
         return self._window.rows(start, end).to(self._device)
-
-    def _causal_mask(self, prior: int, new: int) -> Optional[torch.Tensor]:
-        if new == 1:
-            return None
-        return torch.ones(new, prior + new, dtype=torch.bool, device=self._device).tril_(prior)
