@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Serve a small real model with the quantized KV cache, ask it a question, and show what the cache costs.
 
-Prints the model's answer and a table of stored bits, bytes per token and token capacity against bf16. Exits with 0
+Asks twice: plainly, and at the end of a conversation long enough that the answer is read from packed pages. Prints the
+model's answers and a table of stored bits, bytes per token and token capacity against bf16. Exits with 0
 only if the server answered; otherwise the end of the server's log is printed. The server is ended in every case.
 """
 
@@ -16,11 +17,14 @@ from serverctl import ROOT, Server, ServerError
 
 QUESTION = "What is the capital of France?"
 
+TEXT = ROOT / "test" / "data" / "prose.txt"
+RESIDUAL_LENGTH, PAGE_SIZE = 128, 64
+
 RECIPE = [
     "--enable-kvtuner-quant",
     *("--kvtuner-nbits-key", "4", "--kvtuner-nbits-value", "4", "--kvtuner-asym"),
     *("--kvtuner-axis-key", "1", "--kvtuner-axis-value", "0"),
-    *("--kvtuner-q-group-size", "64", "--kvtuner-residual-length", "128"),
+    *("--kvtuner-q-group-size", "64", "--kvtuner-residual-length", str(RESIDUAL_LENGTH)),
 ]
 
 # Without these the cache takes most of the machine's memory and allocating it most of the time.
@@ -68,25 +72,43 @@ def _run(options):
         began = time.monotonic()
         server.wait_until_healthy(progress=_progress)
         _end_progress(f"server ready after {time.monotonic() - began:.0f} s")
-        print(f"\nQ: {QUESTION}\nA: {ask(server, QUESTION)}\n")
+        answer, _ = ask(server, QUESTION)
+        print(f"\nQ: {QUESTION}\nA: {answer}\n")
+        answer, tokens = ask(server, QUESTION, conversation())
+        packed = max(tokens - RESIDUAL_LENGTH, 0) // PAGE_SIZE * PAGE_SIZE
+        where = "" if options.flag_off else f", {packed} of them read from packed pages"
+        print(f"Q: the same, behind {tokens} tokens of conversation{where}\nA: {answer}\n")
         print(cost_table(server.request("/server_info")), flush=True)
         if options.serve:
             _keep_serving(server)
     return 0
 
 
-def ask(server, question):
-    """The model's answer to one question at temperature 0."""
+def conversation():
+    """Chat messages about a text of some hundred tokens."""
+    text = TEXT.read_text(encoding="utf-8")[:2500]
+    return [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "Thank you. What would you like to know?"},
+    ]
+
+
+def ask(server, question, before=()):
+    """The model's answer to a question at temperature 0, and the tokens of the prompt.
+
+    ``before`` are chat messages that precede the question. Raises ServerError when the answer is empty.
+    """
     payload = {
         "model": "default",
-        "messages": [{"role": "user", "content": question}],
+        "messages": [*before, {"role": "user", "content": question}],
         "temperature": 0,
         "max_tokens": 64,
     }
-    content = server.request("/v1/chat/completions", payload)["choices"][0]["message"]["content"]
-    if not (content or "").strip():
+    reply = server.request("/v1/chat/completions", payload)
+    content = (reply["choices"][0]["message"]["content"] or "").strip()
+    if not content:
         raise server.error("the model's answer is empty")
-    return content.strip()
+    return content, reply["usage"]["prompt_tokens"]
 
 
 def cost_table(server_info):
