@@ -115,8 +115,8 @@ def _problems(mine: dict, announced: list[dict]) -> list[str]:
 
 def _wait_for_readers(store: dist.Store, rank: int, world_size: int) -> None:
     """Return when every rank has read all announcements; a rank that left earlier could take the store with it."""
-    store.set(f"read/{rank}", "")
     try:
+        store.set(f"read/{rank}", "")
         store.wait([f"read/{other}" for other in range(world_size)], TIMEOUT)
     except RuntimeError:
         # The store is gone, or a rank died: either way this rank has read what it needs, and says so itself.
