@@ -31,9 +31,8 @@ def write_model(folder, **changes):
 
 def server_args(model_path, **fields):
     """Unresolved arguments as an Engine gives them, quantized unless ``enable_kvtuner_quant`` says otherwise."""
-    return ServerArgs(
-        **{"model_path": model_path, "device": "cpu", "skip_tokenizer_init": True, "enable_kvtuner_quant": True, **fields}
-    )
+    defaults = {"device": "cpu", "skip_tokenizer_init": True, "enable_kvtuner_quant": True}
+    return ServerArgs(**{"model_path": model_path, **defaults, **fields})
 
 
 def resolve(model_path, **fields):

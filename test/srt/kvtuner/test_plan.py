@@ -1,0 +1,124 @@
+"""The layer plan: flags against the model, ring length, and a digest that no setting escapes."""
+
+from dataclasses import replace
+
+import pytest
+
+from sglang.srt.kvtuner.config import KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.plan import build_plan
+
+MODEL = dict(num_layers=3, head_dim=128, page_size=64)
+
+
+def plan_of(model=MODEL, **fields):
+    return build_plan(KVTunerConfig(**fields), **model)
+
+
+def refusal(model, **fields):
+    with pytest.raises(KVTunerConfigError) as caught:
+        plan_of({**MODEL, **model}, **fields)
+    return str(caught.value)
+
+
+def write_preset(tmp_path, *pairs):
+    path = tmp_path / "preset.yaml"
+    path.write_text("".join(f"{i}: {{nbits_key: {k}, nbits_value: {v}}}\n" for i, (k, v) in enumerate(pairs)))
+    return str(path)
+
+
+def test_every_layer_follows_the_flags():
+    plan = plan_of(nbits_key=8, nbits_value=2, asym=True, axis_key=1, group_size=32, residual_length=5)
+    assert len(plan.layers) == 3 and plan.page_size == 64 and plan.residual_length == 5
+    for layer in plan.layers:
+        assert (layer.key.nbits, layer.key.axis, layer.key.parameter_shape) == (8, 1, (2, 128))
+        assert (layer.value.nbits, layer.value.axis, layer.value.parameter_shape) == (2, 0, (64, 4))
+        assert layer.key.asym and layer.value.asym
+
+
+def test_a_preset_overrides_the_bits_only(tmp_path):
+    preset = write_preset(tmp_path, (8, 4), (4, 4), (2, 8))
+    plan = plan_of(preset=preset, nbits_key=2, nbits_value=2, asym=True, axis_value=1, group_size=16)
+    assert [(layer.key.nbits, layer.value.nbits) for layer in plan.layers] == [(8, 4), (4, 4), (2, 8)]
+    assert all(layer.key.asym and layer.value.axis == 1 and layer.key.group_size == 16 for layer in plan.layers)
+    assert plan.nominal_bits() == (14 / 3, 16 / 3)
+    assert plan.stored_bits() == (14 / 3 + 2, 16 / 3 + 2)
+    assert plan.page_bytes_per_head() == 64 * 128 * (14 + 16) // 8 + 3 * 2 * (64 * 128 // 16) * 4
+    assert "K2V8/K4V4/K8V4" in plan.describe()
+
+
+@pytest.mark.parametrize("count", (2, 4))
+def test_a_preset_with_fewer_or_more_layers_than_the_model(tmp_path, count):
+    preset = write_preset(tmp_path, *[(4, 4)] * count)
+    assert refusal({}, preset=preset) == f"--kvtuner-config {preset}: the preset has {count} layers, the model has 3"
+
+
+def test_group_of_minus_one_is_the_head():
+    assert plan_of(group_size=-1).layers[0].key.group_size == 128
+    assert plan_of(group_size=-1).layers[0].value.parameter_shape == (64, 1)
+
+
+@pytest.mark.parametrize("head_dim, group", [(128, 48), (80, 64), (96, 64), (64, 128)])
+def test_groups_that_do_not_divide_the_head(head_dim, group):
+    message = refusal({"head_dim": head_dim}, group_size=group)
+    assert message.startswith(f"--kvtuner-q-group-size is {group} with --kvtuner-axis-key 0")
+    assert f"head_dim {head_dim}" in message and "-1 for all of it" in message
+
+
+@pytest.mark.parametrize("page_size, group", [(64, 48), (16, 32), (64, 128)])
+@pytest.mark.parametrize("which", ("key", "value"))
+def test_groups_that_do_not_divide_the_page(page_size, group, which):
+    model = {"page_size": page_size, "head_dim": group * 2}
+    message = refusal(model, group_size=group, **{f"axis_{which}": 1})
+    assert message.startswith(f"--kvtuner-q-group-size is {group} with --kvtuner-axis-{which} 1")
+    assert f"--page-size {page_size}" in message
+
+
+@pytest.mark.parametrize("head_dim, bits, flag", [(17, 4, "nbits-key"), (18, 2, "nbits-key"), (13, 2, "nbits-key")])
+def test_heads_that_leave_a_byte_unfilled(head_dim, bits, flag):
+    message = refusal({"head_dim": head_dim}, nbits_key=bits, nbits_value=bits, group_size=-1)
+    assert message.startswith(f"--kvtuner-{flag} is {bits}: the model's head_dim {head_dim}")
+    message = refusal({"head_dim": head_dim}, nbits_key=8, nbits_value=bits, group_size=-1)
+    assert message.startswith(f"--kvtuner-nbits-value is {bits}: ")
+
+
+@pytest.mark.parametrize(
+    "residual, page_size, length",
+    [(0, 64, 64), (1, 64, 128), (63, 64, 128), (64, 64, 128), (65, 64, 192), (128, 64, 192), (128, 16, 144)],
+)
+def test_ring_length_is_window_and_page_in_whole_pages(residual, page_size, length):
+    plan = plan_of({**MODEL, "page_size": page_size}, residual_length=residual)
+    assert plan.ring_length == length
+    # Tokens that may be asked for: the window, and what keeps its start from being the start of a page.
+    assert plan.ring_length >= residual + page_size - 1 and plan.ring_length % page_size == 0
+
+
+def test_stored_bits_of_the_default_plan():
+    assert plan_of().stored_bits() == (4.25, 4.25)
+    assert plan_of(asym=True).stored_bits() == (4.5, 4.5)
+    assert plan_of().nominal_bits() == (4, 4)
+
+
+def test_digest_changes_with_every_setting(tmp_path):
+    base = dict(nbits_key=4, nbits_value=4, asym=False, axis_key=0, axis_value=0, group_size=64, residual_length=128)
+    plans = [plan_of(**base)]
+    for field, value in [
+        ("nbits_key", 8),
+        ("nbits_value", 8),
+        ("asym", True),
+        ("axis_key", 1),
+        ("axis_value", 1),
+        ("group_size", 32),
+        ("residual_length", 129),
+        ("preset", write_preset(tmp_path, (4, 4), (4, 2), (4, 4))),
+    ]:
+        plans.append(plan_of(**{**base, field: value}))
+    for field, value in [("num_layers", 4), ("head_dim", 64), ("page_size", 128)]:
+        plans.append(plan_of({**MODEL, field: value}, **base))
+    assert len({plan.digest() for plan in plans}) == len(plans)
+    assert plan_of(**base).digest() == plans[0].digest() == replace(plans[0]).digest()
+
+
+def test_digest_is_that_of_the_resolved_plan(tmp_path):
+    """Flags that come to the same plan agree: ranks compare what they store, not what was typed."""
+    assert plan_of(group_size=-1).digest() == plan_of(group_size=128).digest()
+    assert plan_of(preset=write_preset(tmp_path, *[(4, 4)] * 3), nbits_key=2).digest() == plan_of().digest()
