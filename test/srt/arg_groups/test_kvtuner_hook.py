@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from harness.server_args import resolve, server_args, write_model
+from sglang.srt.kvtuner import compatibility
 from sglang.srt.kvtuner.config import FLAG_OF_FIELD, KVTunerConfigError
 from sglang.srt.server_args import prepare_server_args
 
@@ -36,8 +37,15 @@ def test_defaults(model, caplog):
         args.resolve_once()
     settled = args.resolved_dict()
     assert settled["page_size"] == 64 and settled["attention_backend"] == "torch_native"
+    # Said by us: what upstream itself would choose depends on the machine.
+    assert dict(args._resolved_overrides)["handle_kvtuner"] == {"page_size": 64, "attention_backend": "torch_native"}
     assert args.page_size is None and args.attention_backend is None, "the input is left as it was given"
     assert "4 layers K4V4, symmetric, K per token g64, V per token g64, page 64, residual 128" in caplog.text
+
+
+def test_the_device_is_checked(model, monkeypatch):
+    monkeypatch.setattr(compatibility, "SUPPORTED_DEVICES", ("cuda",))
+    assert refusal(model).startswith("--device is 'cpu'; ")
 
 
 def test_without_the_switch_nothing_is_settled(model):

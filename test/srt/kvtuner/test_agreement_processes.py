@@ -99,10 +99,12 @@ def test_two_checks_in_one_process_group(run):
 
     def twice(rank):
         agreement.require_same_plan(plan())
+        time.sleep(0.5 * rank)  # rank 0 looks while rank 1 has announced nothing new
         agreement.require_same_plan(plan(nbits_key=2 if rank else 8))
 
     raised = run(twice, twice)
-    assert all("key nbits" in outcome for outcome in raised)
+    assert "key nbits: here 8, there 2" in raised[0]
+    assert "key nbits: here 2, there 8" in raised[1]
 
 
 def test_one_rank_needs_no_agreement(run):
