@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,12 @@ VALUES = {
     "attention_backend": "triton",
     "prefill_attention_backend": "triton",
     "decode_attention_backend": "triton",
+    "model_impl": "transformers",
+    "quantization_param_path": "scales.json",
+    "cuda_graph_config": {"decode": {"backend": "full"}},
+    "cuda_graph_backend_decode": "full",
+    "cuda_graph_backend_prefill": "full",
+    "hicache_storage_backend": "file",
     "speculative_algorithm": "NGRAM",
     "decoupled_spec_role": "drafter",
     "disaggregation_mode": "prefill",
@@ -214,3 +221,8 @@ def test_layers_that_are_refused(changes, attributes, reason):
 
 def test_plain_layers_are_accepted():
     compatibility.refuse_unsupported_layers([layer(), layer(v_head_dim=64), layer(sliding_window_size=0)])
+
+
+def test_the_docs_list_every_refused_flag():
+    text = (Path(__file__).resolve().parents[3] / "docs" / "kvtuner.md").read_text(encoding="utf-8")
+    assert [feature.flag for feature in REFUSED_FEATURES if f"`{feature.flag}`" not in text] == []

@@ -105,8 +105,16 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         return KVTunerMemoryPoolConfig(max_total_num_tokens=tokens, ring_requests=requests)
 
     def calculate_pool_sizes_from_max_tokens(self, max_total_num_tokens: int, page_size: int) -> MemoryPoolConfig:
-        """As :meth:`calculate_pool_sizes` for a cap on tokens below what the budget holds."""
+        """As :meth:`calculate_pool_sizes` for a cap on tokens below what the budget holds.
+
+        Raises KVTunerConfigError for a cap below a page.
+        """
         tokens = max_total_num_tokens // page_size * page_size
+        if tokens == 0:
+            raise KVTunerConfigError(
+                f"--max-total-tokens is {max_total_num_tokens}; with --enable-kvtuner-quant valid are {page_size} and "
+                "above, one page"
+            )
         requests = self._requests
         if self._requested_requests() is None:
             # A running request holds a page at least.
