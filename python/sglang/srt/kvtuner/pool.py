@@ -19,6 +19,7 @@ class KVTunerTokenToKVPool(KVCache):
 
     keys, values: per local layer uint8 [num_pages, kv_heads, block_bytes]; page 0 takes the writes of padded rows, as
     slot 0 does in upstream's pools. Upstream's page allocator hands out the pages; ``size`` counts usable tokens.
+    attention: what reads the pool, for reports; set by the attention backend.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class KVTunerTokenToKVPool(KVCache):
             end_layer=end_layer,
         )
         self.plan = plan
+        self.attention = "none yet"
         self.kv_heads = kv_heads
         self.head_dim = plan.layers[start_layer].key.head_dim
         self.full_precision_dtype = full_precision_dtype
