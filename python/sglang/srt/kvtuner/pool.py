@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sglang.srt.kvtuner.formats import TensorFormat
+from sglang.srt.kvtuner.huge_pages import advise_huge_pages
 from sglang.srt.kvtuner.page_codec import decode_pages, encode_pages
 from sglang.srt.kvtuner.plan import CachePlan
 from sglang.srt.kvtuner.residual_window import ResidualWindow
@@ -59,6 +60,8 @@ class KVTunerTokenToKVPool(KVCache):
 
         self.keys = [buffer(layer.key) for layer in self.formats]
         self.values = [buffer(layer.value) for layer in self.formats]
+        if torch.device(device).type == "cpu":
+            advise_huge_pages([*self.keys, *self.values])  # torch.zeros has not touched large buffers yet
         self.window = ResidualWindow(
             plan,
             num_layers=self.layer_num,
