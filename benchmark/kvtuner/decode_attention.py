@@ -113,7 +113,7 @@ class Packed:
                 torch.cat([self.values[j][self.which[j][pages]].transpose(1, 2).flatten(0, 1), s.window(i, *rings[j])])
                 for j in range(2)
             )
-            expected = attend(s.q[i : i + 1], k, v, scaling=s.scaling, mask=None)
+            expected = attend(s.q[i : i + 1], k, v, scaling=s.scaling)
             difference = self.out[i : i + 1].float() - expected
             worst = max(worst, (difference.norm(dim=-1) / expected.norm(dim=-1)).max().item())
         return worst
