@@ -163,15 +163,21 @@ void attend(TensorView q, TensorView k_new, TensorView v_new, TensorView k_ring,
       partial += partial_floats((plan.items[i].token_end - plan.items[i].token_begin) * c.group, c.head_dim);
     }
   const int64_t bytes = scratch_bytes(c);
-#pragma omp parallel num_threads(threads)
+  const bool merges = !plan.first.empty();
+#pragma omp parallel num_threads(threads) if (plan.threads > 1)
   {
     static thread_local std::vector<char> scratch;
     if ((int64_t)scratch.size() < bytes + 64) scratch.resize(bytes + 64);
     void* aligned = (void*)(((uintptr_t)scratch.data() + 63) / 64 * 64);
-#pragma omp for schedule(dynamic, 1)
+    // Only merging needs everybody's results: each barrier saved is one less wait for a thread that lost its core.
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < (int64_t)plan.items.size(); ++i) b.attend(c, plan.items[i], aligned);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t m = 0; m < (int64_t)plan.first.size(); ++m) merge(c, plan.items.data() + plan.first[m], plan.count[m]);
+    if (merges) {
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t m = 0; m < (int64_t)plan.first.size(); ++m)
+        merge(c, plan.items.data() + plan.first[m], plan.count[m]);
+    }
   }
 }
 

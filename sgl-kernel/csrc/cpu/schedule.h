@@ -15,7 +15,11 @@ constexpr int64_t kSharesPerThread = 4;
 // A share below this many units is not worth the merge.
 constexpr int64_t kMinUnits = 6;
 
+// Work below this cost (some 20 microseconds) is done by the caller: waking threads takes about as long.
+constexpr int64_t kSerialCost = 400;
+
 struct Schedule {
+  int threads = 1;
   std::vector<WorkItem> items;
   std::vector<int> first;        // per merge: its first item; the items of a merge are neighbours
   std::vector<int> count;
@@ -46,6 +50,7 @@ inline Schedule make_schedule(const AttendCall& c, int64_t sequences, int thread
       }
     }
   }
+  out.threads = threads = total < kSerialCost ? 1 : threads;
   const int64_t share = std::max<int64_t>(1, total / (threads * kSharesPerThread));
   for (const Whole& w : wholes) {
     int64_t pieces = threads == 1 ? 1 : std::min((w.cost + share - 1) / share, w.item.unit_end / kMinUnits);

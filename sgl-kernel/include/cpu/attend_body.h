@@ -97,8 +97,9 @@ inline void tail_scores(Scratch& s, int rows, int dim, int count) {
       }
     return;
   }
-  for (int i = 0; i < dim; ++i)
-    for (int t = 0; t < kTailTokens; ++t) s.key_tile[i * kTailTokens + t] = s.key_rows[t * dim + i];
+  for (int t = 0; t < kTailTokens; t += 16)
+    for (int i = 0; i < dim; i += 16)
+      transpose16(s.key_rows + t * dim + i, dim, s.key_tile + i * kTailTokens + t, kTailTokens);
   memset(s.scores, 0, sizeof(float) * rows * kTailTokens);
   cover(rows, kTailTokens / kLanes,
         FloatTile<32>{(const uint8_t*)s.key_tile, nullptr, kTailTokens * 4, dim, s.q, dim, s.scores, kTailTokens});

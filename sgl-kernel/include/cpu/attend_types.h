@@ -67,8 +67,10 @@ inline int64_t units_of(const Sequence& s, int64_t token_end, int page) {
   return s.packed_end / page + (s.prior + token_end - s.packed_end + kTailTokens - 1) / kTailTokens;
 }
 
-// Queries of one item: as many tokens as give about 48 rows, so that an unpacked vector serves many of them.
-inline int64_t tokens_per_item(int group) { return group >= 48 ? 1 : 48 / group; }
+// Queries of one item: as many tokens as give about 96 rows, so that a tile turned or unpacked serves many of them.
+constexpr int kItemRows = 96;
+
+inline int64_t tokens_per_item(int group) { return group >= kItemRows ? 1 : kItemRows / group; }
 
 inline int64_t row_limit(int group) { return group * tokens_per_item(group); }
 

@@ -69,3 +69,9 @@ inline F load_half(const void* p) {
   const __m128i* h = (const __m128i*)p;
   return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
 }
+
+// to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
+inline void transpose16(const float* from, int from_stride, float* to, int to_stride) {
+  for (int c = 0; c < 16; ++c)
+    for (int r = 0; r < 16; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+}

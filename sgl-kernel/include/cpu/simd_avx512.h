@@ -37,3 +37,31 @@ inline F load_bf16(const void* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 inline F load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+// to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
+inline void transpose16(const float* from, int from_stride, float* to, int to_stride) {
+  F x[16], y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = f_load(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // four rows: x[i + c] has columns c, 4 + c, 8 + c, 12 + c
+    x[i] = _mm512_shuffle_ps(y[i], y[i + 2], 0x44);
+    x[i + 1] = _mm512_shuffle_ps(y[i], y[i + 2], 0xee);
+    x[i + 2] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+    x[i + 3] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const F a = _mm512_shuffle_f32x4(x[c], x[c + 4], 0x88), b = _mm512_shuffle_f32x4(x[c], x[c + 4], 0xdd);
+    const F d = _mm512_shuffle_f32x4(x[c + 8], x[c + 12], 0x88), e = _mm512_shuffle_f32x4(x[c + 8], x[c + 12], 0xdd);
+    f_store(to + c * to_stride, _mm512_shuffle_f32x4(a, d, 0x88));
+    f_store(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(b, e, 0x88));
+    f_store(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(a, d, 0xdd));
+    f_store(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(b, e, 0xdd));
+  }
+}
