@@ -42,7 +42,8 @@ def test_a_preset_overrides_the_bits_only(tmp_path):
     assert all(layer.key.asym and layer.value.axis == 1 and layer.key.group_size == 16 for layer in plan.layers)
     assert plan.nominal_bits() == (14 / 3, 16 / 3)
     assert plan.stored_bits() == (14 / 3 + 2, 16 / 3 + 2)
-    assert plan.page_bytes_per_head() == 64 * 128 * (14 + 16) // 8 + 3 * 2 * (64 * 128 // 16) * 4
+    page_bytes = sum(layer.page_bytes_per_head for layer in plan.layers)
+    assert page_bytes == 64 * 128 * (14 + 16) // 8 + 3 * 2 * (64 * 128 // 16) * 4
     assert "K2V8/K4V4/K8V4" in plan.describe()
 
 

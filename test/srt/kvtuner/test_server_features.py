@@ -145,7 +145,7 @@ def test_abort_and_disconnect_free_the_request(fresh):
     request = threading.Thread(target=lambda: run_quietly(fresh, ids))
     request.start()
     time.sleep(1.0)
-    post_empty(fresh, "/abort_request", {"abort_all": True})
+    fresh.request("/abort_request", {"abort_all": True})
     request.join(60)
     assert not request.is_alive()
     flush(fresh)
@@ -176,11 +176,3 @@ def run_quietly(server, ids):
         run(server, ids, 4000)
     except harness.server.ServerError:
         pass  # an aborted request may end with an error
-
-
-def post_empty(server, path, payload):
-    request = urllib.request.Request(
-        server.url + path, json.dumps(payload).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        assert answer.status == 200

@@ -119,7 +119,7 @@ def allocated(pool):
 def test_the_pool_fills_the_budget(serve, budget, flags, requests):
     runner = serve(budget, max_running_requests=requests, **flags)
     config, pool = runner.settle()
-    page_bytes = pool.plan.page_bytes_per_head() * pool.kv_heads
+    page_bytes = sum(layer.page_bytes_per_head for layer in pool.plan.layers) * pool.kv_heads
     assert allocated(pool) <= budget < allocated(pool) + page_bytes
     assert pool.size == config.max_total_num_tokens and pool.size % 64 == 0
     assert pool.window.keys[0].shape[0] == config.max_running_requests + 1

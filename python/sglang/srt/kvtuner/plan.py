@@ -43,10 +43,6 @@ class CachePlan:
             sum(layer.value.stored_bits for layer in self.layers) / count,
         )
 
-    def page_bytes_per_head(self) -> int:
-        """Packed bytes of one page of one KV head, all layers."""
-        return sum(layer.page_bytes_per_head for layer in self.layers)
-
     def settings(self) -> dict:
         """The plan as plain values: what ranks compare, and what :meth:`digest` hashes."""
         return {
