@@ -57,6 +57,8 @@ def server_environment(ranks=1, extra=None):
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "torchinductor"))
     if not has_cuda():
         environment.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+        # A failing server otherwise waits a minute for core dumps of GPUs that are not there.
+        environment.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
         cores = sorted(os.sched_getaffinity(0))
         if ranks > 1:
             # Ranks that wait for each other on too few cores mostly spin; a core each, in turn, is the least bad.
