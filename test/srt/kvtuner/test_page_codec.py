@@ -1,5 +1,6 @@
 """Blocks there and back: nothing is lost beyond quantization, and the bytes are where the layout says."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -57,15 +58,41 @@ def test_split_blocks_gives_the_stored_parts(fmt):
         assert zero is None
 
 
+def place_of(fmt, token, channel):
+    """Byte and lowest bit of a code in a block, from the description of the layout in page_codec.py."""
+    reduction, lane, lanes = (channel, token, fmt.page_size) if fmt.token_lanes else (token, channel, fmt.head_dim)
+    span = 32 // fmt.nbits
+    vector = reduction // span * (lanes // 16) + lane // 16
+    word, number = reduction % 2, reduction % span // 2
+    return vector * 64 + lane % 16 * 4 + word * 2 + number * fmt.nbits // 8, number * fmt.nbits % 8
+
+
+@pytest.mark.parametrize("token_lanes", (False, True))
 @pytest.mark.parametrize("fmt", FORMATS, ids=ids)
-def test_bytes_are_codes_then_scales_then_zero_points(fmt):
+def test_bytes_are_codes_then_scales_then_zero_points(fmt, token_lanes):
+    fmt = replace(fmt, token_lanes=token_lanes)
     x = pages(fmt, 1)[0]
     expected = quantized(x, fmt)
     raw = bytes(encode_pages(x, fmt).tolist())
-    codes = bytes(pack(expected.codes, fmt.nbits).flatten().tolist())
-    scales = expected.scale.numpy().astype("<f2").tobytes()
-    zeros = expected.zero.numpy().astype("<i2").tobytes() if fmt.asym else b""
-    assert raw == codes + scales + zeros
+    codes = bytearray(fmt.code_bytes)
+    for token, row in enumerate(expected.codes.tolist()):
+        for channel, code in enumerate(row):
+            byte, shift = place_of(fmt, token, channel)
+            codes[byte] |= code + (1 << (fmt.nbits - 1)) << shift
+    parameters = [expected.scale.numpy().astype("<f2")]
+    if fmt.asym:
+        parameters.append(expected.zero.numpy().astype("<i2"))
+    # Tokens are neighbours for axis 0, channels for axis 1.
+    tail = [(p.T if fmt.axis == 0 else p).tobytes() for p in parameters]
+    assert raw == bytes(codes) + b"".join(tail)
+
+
+def test_what_does_not_fill_vectors_is_stored_row_by_row():
+    fmt = TensorFormat(4, False, 0, 8, 8, 8)
+    x = pages(fmt)
+    expected = quantized(x, fmt)
+    codes = bytes(pack(expected.codes, 4).flatten().tolist())
+    assert bytes(encode_pages(x, fmt).tolist()) == codes + expected.scale.numpy().astype("<f2").T.tobytes()
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))

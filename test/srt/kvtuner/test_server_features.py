@@ -20,10 +20,12 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="module")
-def server(random_llama, tmp_path_factory):
+@pytest.fixture(scope="module", params=["auto", "reference"])
+def server(random_llama, tmp_path_factory, request):
+    """With the device's kernels, and with the torch reference."""
     log = tmp_path_factory.mktemp("features") / "server.log"
-    with harness.launch_server(random_llama(head_dim=64), *FLAGS, log_path=log) as running:
+    env = {"SGLANG_KVTUNER_KERNELS": request.param}
+    with harness.launch_server(random_llama(head_dim=64), *FLAGS, log_path=log, env=env) as running:
         yield running
 
 
@@ -69,6 +71,7 @@ def test_server_info_shows_flags_and_costs(server):
     assert (cache["stored_bits_key"], cache["stored_bits_value"]) == (8.5, 4.5)
     assert cache["capacity_tokens"] == info["max_total_num_tokens"] == 16384
     assert info["page_size"] == PAGE
+    assert cache["attention"] in server.log_text()
 
 
 def test_prefix_hit_reads_packed_pages(fresh):

@@ -1,4 +1,7 @@
-"""Attention over the packed cache in plain torch, for CPU and CUDA: the reference that every kernel is tested against."""
+"""Attention over the packed cache: by the device's kernels (dispatch.py), or in plain torch.
+
+The torch code serves CPU and CUDA, and is the reference that every kernel is tested against.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang.srt.kvtuner.compatibility import refuse_unsupported_layers
+from sglang.srt.kvtuner.dispatch import REFERENCE, choose_kernels
 from sglang.srt.kvtuner.pool import KVTunerTokenToKVPool
-from sglang.srt.kvtuner.steps import SequenceStep, StepPlanner
+from sglang.srt.kvtuner.steps import BatchPlan, SequenceStep, StepPlanner
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -33,7 +37,9 @@ class KVTunerAttnBackend(AttentionBackend):
         self.pool: KVTunerTokenToKVPool = model_runner.token_to_kv_pool
         refuse_unsupported_layers(m for m in model_runner.model.modules() if isinstance(m, RadixAttention))
         self._planner = StepPlanner(self.pool.plan, self.pool.window, model_runner.req_to_token_pool)
-        self._steps: list[SequenceStep] = []
+        self._kernels = choose_kernels(self.pool.device, self.pool.formats)
+        self.pool.attention = self._kernels.name if self._kernels else REFERENCE
+        self._steps: list[SequenceStep] | BatchPlan = []
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the batch once; all layers share the plan."""
@@ -41,9 +47,9 @@ class KVTunerAttnBackend(AttentionBackend):
             self._steps = []
         elif forward_batch.forward_mode.is_decode():
             priors = [length - 1 for length in _host(forward_batch.seq_lens_cpu, forward_batch.seq_lens)]
-            self._steps = self._planner.plan_batch(_host(None, forward_batch.req_pool_indices), priors, [1] * len(priors))
+            self._steps = self._plan(_host(None, forward_batch.req_pool_indices), priors, [1] * len(priors))
         elif forward_batch.forward_mode.is_extend():
-            self._steps = self._planner.plan_batch(
+            self._steps = self._plan(
                 _host(forward_batch.req_pool_indices_cpu, forward_batch.req_pool_indices),
                 list(forward_batch.extend_prefix_lens_cpu),
                 list(forward_batch.extend_seq_lens_cpu),
@@ -65,6 +71,10 @@ class KVTunerAttnBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return False
 
+    def _plan(self, slots: list[int], priors: list[int], news: list[int]) -> list[SequenceStep] | BatchPlan:
+        plan = self._planner.plan_flat if self._kernels else self._planner.plan_batch
+        return plan(slots, priors, news)
+
     def _forward(self, q, k, v, layer: RadixAttention, save_kv_cache: bool, extra: dict) -> torch.Tensor:
         if k is None or v is None or not save_kv_cache or any(value is not None for value in extra.values()):
             raise NotImplementedError(
@@ -74,6 +84,9 @@ class KVTunerAttnBackend(AttentionBackend):
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim)
+        if self._kernels is not None and self._steps:
+            out = self._kernels.forward(self.pool, layer.layer_id, self._steps, q, k, v, layer.scaling)
+            return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
         out = torch.empty_like(q)
         for step in self._steps:
             k_new, v_new = k[step.tokens], v[step.tokens]

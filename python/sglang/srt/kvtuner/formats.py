@@ -25,7 +25,8 @@ class TensorFormat:
 
     nbits: 2, 4 or 8. asym: zero points are stored. axis: 0 groups along head_dim, 1 along the tokens of a page.
     group_size: elements that share a scale (resolved, never -1). page_size: tokens of a page. head_dim: elements of a
-    token in one head. Raises ValueError when a group does not divide its dimension or codes do not fill whole bytes.
+    token in one head. token_lanes: which way codes lie in a block (page_codec.py), True for keys. Raises ValueError
+    when a group does not divide its dimension or codes do not fill whole bytes.
     """
 
     nbits: int
@@ -34,6 +35,7 @@ class TensorFormat:
     group_size: int
     page_size: int
     head_dim: int
+    token_lanes: bool = False
 
     def __post_init__(self) -> None:
         grouped = self.head_dim if self.axis == PER_TOKEN else self.page_size

@@ -85,14 +85,21 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
                     f"{flag} is {nbits}: the model's head_dim {head_dim} does not fill whole bytes at that width"
                 )
 
-    def tensor(nbits: int, axis: int, group: int) -> TensorFormat:
+    def tensor(nbits: int, axis: int, group: int, token_lanes: bool) -> TensorFormat:
         return TensorFormat(
-            nbits=nbits, asym=config.asym, axis=axis, group_size=group, page_size=page_size, head_dim=head_dim
+            nbits=nbits,
+            asym=config.asym,
+            axis=axis,
+            group_size=group,
+            page_size=page_size,
+            head_dim=head_dim,
+            token_lanes=token_lanes,
         )
 
     layers = tuple(
         LayerFormat(
-            key=tensor(b.key, config.axis_key, key_group), value=tensor(b.value, config.axis_value, value_group)
+            key=tensor(b.key, config.axis_key, key_group, True),
+            value=tensor(b.value, config.axis_value, value_group, False),
         )
         for b in bits
     )

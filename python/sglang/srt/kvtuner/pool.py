@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sglang.srt.kvtuner.formats import TensorFormat
+from sglang.srt.kvtuner.huge_pages import advise_huge_pages
 from sglang.srt.kvtuner.page_codec import decode_pages, encode_pages
 from sglang.srt.kvtuner.plan import CachePlan
 from sglang.srt.kvtuner.residual_window import ResidualWindow
@@ -19,6 +20,7 @@ class KVTunerTokenToKVPool(KVCache):
 
     keys, values: per local layer uint8 [num_pages, kv_heads, block_bytes]; page 0 takes the writes of padded rows, as
     slot 0 does in upstream's pools. Upstream's page allocator hands out the pages; ``size`` counts usable tokens.
+    attention: what reads the pool, for reports; set by the attention backend.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class KVTunerTokenToKVPool(KVCache):
             end_layer=end_layer,
         )
         self.plan = plan
+        self.attention = "none yet"
         self.kv_heads = kv_heads
         self.head_dim = plan.layers[start_layer].key.head_dim
         self.full_precision_dtype = full_precision_dtype
@@ -57,6 +60,8 @@ class KVTunerTokenToKVPool(KVCache):
 
         self.keys = [buffer(layer.key) for layer in self.formats]
         self.values = [buffer(layer.value) for layer in self.formats]
+        if torch.device(device).type == "cpu":
+            advise_huge_pages([*self.keys, *self.values])  # torch.zeros has not touched large buffers yet
         self.window = ResidualWindow(
             plan,
             num_layers=self.layer_num,

@@ -29,7 +29,7 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
     return {
         "plan": pool.plan.describe(),
         "plan_digest": pool.plan.digest(),
-        "attention": "torch reference",
+        "attention": pool.attention,
         "average_bits_key": nominal_key,
         "average_bits_value": nominal_value,
         "stored_bits_key": key_bytes * 8 / elements,

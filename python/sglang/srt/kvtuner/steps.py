@@ -45,6 +45,18 @@ class SequenceStep:
         return self.tokens.stop - self.tokens.start
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """A whole step as kernels take it, on the host.
+
+    sequences: int64 [batch, 6]: request slot, first row in the batch, new tokens, prior tokens, packed_end, and where its
+    entries of ``pages`` begin. pages: int32, page ids of every whole page that the request has after the step.
+    """
+
+    sequences: torch.Tensor
+    pages: torch.Tensor
+
+
 class StepPlanner:
     """Builds the steps of a batch from host-side lengths and upstream's request-to-token table."""
 
@@ -64,13 +76,30 @@ class StepPlanner:
             offset += new
         return steps
 
+    def plan_flat(self, slots: list[int], priors: list[int], news: list[int]) -> BatchPlan:
+        """The same steps as :meth:`plan_batch`, in the form for kernels."""
+        page = self._page_size
+        whole = max((prior + new for prior, new in zip(priors, news, strict=True)), default=0) // page
+        pages = self._table[slots, : whole * page : page] // page if whole else torch.zeros(len(slots), 0)
+        rows, offset = [], 0
+        for i, (slot, prior, new) in enumerate(zip(slots, priors, news, strict=True)):
+            rows.append((slot, offset, new, prior, self._packed_end(slot, prior), i * whole))
+            offset += new
+        return BatchPlan(
+            sequences=torch.tensor(rows, dtype=torch.int64).reshape(-1, 6), pages=pages.to(torch.int32).contiguous()
+        )
+
+    def _packed_end(self, slot: int, prior: int) -> int:
+        page = self._page_size
+        start = self._window.ledger.start(slot, int(self._generation[slot]), prior)
+        # The prefix cache shares whole pages only; anything else would leave tokens in neither store.
+        assert start % page == 0, f"slot {slot} starts in the middle of a page ({start} tokens)"
+        return max((prior - self._residual) // page * page, start, 0)
+
     def _plan_sequence(self, slot: int, prior: int, tokens: slice) -> SequenceStep:
         page, window = self._page_size, self._window
         new = tokens.stop - tokens.start
-        start = window.ledger.start(slot, int(self._generation[slot]), prior)
-        # The prefix cache shares whole pages only; anything else would leave tokens in neither store.
-        assert start % page == 0, f"slot {slot} starts in the middle of a page ({start} tokens)"
-        packed_end = max((prior - self._residual) // page * page, start, 0)
+        packed_end = self._packed_end(slot, prior)
         open_start = prior // page * page
         end = prior + new
         return SequenceStep(

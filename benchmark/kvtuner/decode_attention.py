@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""Times decode attention over the packed cache, against bfloat16 pages in the same layout and upstream's path.
+
+Every variant is first checked against float32 attention over the same codes. Variants take turns within one run, each on
+buffers that do not fit the caches of the processor together, so that ratios hold on a machine that does other work too;
+medians are printed. Run it with OMP_NUM_THREADS set, and OMP_PROC_BIND=true OMP_PLACES=cores on an idle machine:
+
+    OMP_NUM_THREADS=2 python benchmark/kvtuner/decode_attention.py --gqa 3 --head-dim 64 --context 8192
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+
+import torch
+
+from sglang.srt.kvtuner import kernels_cpu
+from sglang.srt.kvtuner.backend import attend
+from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.huge_pages import advise_huge_pages
+from sglang.srt.kvtuner.page_codec import decode_pages
+
+PAGE = 64
+BUFFER_BYTES = 96 << 20  # more than the last-level caches of the machines that this runs on
+TOLERANCE = 5e-3  # float32 rows; the tests hold formats to less
+DISTINCT_PAGES = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant at one shape. seconds, best: median and shortest time of a call. bytes: packed K and V that it reads.
+
+    Ratios and bandwidth are of medians; ratio_of_best compares shortest times, which other processes disturb less.
+    """
+
+    variant: str
+    context: int
+    batch: int
+    seconds: float
+    bytes: int
+    bandwidth: float
+    fraction_of_read_bandwidth: float
+    ratio_to_bfloat16: float
+    best: float
+    ratio_of_best: float
+    error: float
+
+
+class Shape:
+    """Sequences of one length: queries, rings and page tables that all variants share."""
+
+    def __init__(self, options: argparse.Namespace, context: int, batch: int) -> None:
+        self.context, self.batch, self.kv_heads, self.head_dim = context, batch, options.kv_heads, options.head_dim
+        self.scaling = options.head_dim**-0.5
+        self.prior = context - 1
+        self.packed = max((self.prior - options.residual_length) // PAGE, 0)
+        ring = (-(-options.residual_length // PAGE) + 1) * PAGE
+        self.q = torch.randn(batch, options.gqa * self.kv_heads, self.head_dim).to(options.dtype)
+        self.k, self.v = torch.randn(2, batch, self.kv_heads, self.head_dim).to(options.dtype)
+        self.k_ring, self.v_ring = torch.randn(2, batch, ring, self.kv_heads, self.head_dim).to(options.dtype)
+        self.num_pages = self.packed * batch + 1
+        self.pages = (torch.randperm(max(self.num_pages - 1, 1)) + 1).to(torch.int32)
+        rows = [(i, i, 1, self.prior, self.packed * PAGE, i * self.packed) for i in range(batch)]
+        self.sequences = torch.tensor(rows, dtype=torch.int64)
+
+    def window(self, sequence: int, ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(self.packed * PAGE, self.prior) % ring.shape[1]
+        return torch.cat([ring[sequence, rows], new[sequence : sequence + 1]]).float()
+
+
+class Packed:
+    """The kernels over pages of a format; ``None`` is bfloat16."""
+
+    def __init__(self, shape: Shape, layer: LayerFormat | None, label: str) -> None:
+        self.shape, self.label = shape, label
+        x = torch.randn(2, DISTINCT_PAGES, PAGE, shape.head_dim)
+        if layer is None:
+            blocks = [kernels_cpu.pack_bfloat16_pages(x[i], token_lanes=i == 0) for i in range(2)]
+            self.values = x.bfloat16().float()
+            self.formats = torch.tensor([[kernels_cpu.BFLOAT16_BITS, 0, 0, shape.head_dim]] * 2)
+        else:
+            blocks = [kernels_cpu.pack_pages(x[i], fmt) for i, fmt in enumerate((layer.key, layer.value))]
+            self.values = torch.stack([decode_pages(b, f) for b, f in zip(blocks, (layer.key, layer.value))])
+            self.formats = kernels_cpu.format_numbers(layer)
+        which = torch.randint(DISTINCT_PAGES, (2, shape.num_pages, shape.kv_heads))
+        self.which = which
+        first = [blocks[i][which[i]] for i in range(2)]
+        self.bytes = sum(b.shape[-1] for b in blocks) * shape.packed * shape.batch * shape.kv_heads
+        copies = max(2, -(-BUFFER_BYTES // max(self.bytes, 1 << 20)))
+        # One allocation per variant, in huge pages as the server's pool is, bfloat16 included.
+        self.buffers = []
+        for source in zip(*[_repeated(t, copies) for t in first]):
+            self.buffers.append(list(source))
+        self.out = torch.empty_like(shape.q)
+        self.turn = 0
+
+    def run(self) -> None:
+        s, (keys, values) = self.shape, self.buffers[self.turn % len(self.buffers)]
+        self.turn += 1
+        kernels_cpu.module().attend(
+            s.q, s.k, s.v, s.k_ring, s.v_ring, keys, values, s.sequences, s.pages, self.formats, PAGE, s.scaling, self.out
+        )
+
+    def error(self) -> float:
+        """Largest error of an output row relative to its norm, against float32 attention over the same codes."""
+        s, worst = self.shape, 0.0
+        self.run()
+        for i in range(s.batch):
+            pages = s.pages[i * s.packed : (i + 1) * s.packed].long()
+            rings = ((s.k_ring, s.k), (s.v_ring, s.v))
+            k, v = (
+                torch.cat([self.values[j][self.which[j][pages]].transpose(1, 2).flatten(0, 1), s.window(i, *rings[j])])
+                for j in range(2)
+            )
+            expected = attend(s.q[i : i + 1], k, v, scaling=s.scaling)
+            difference = self.out[i : i + 1].float() - expected
+            worst = max(worst, (difference.norm(dim=-1) / expected.norm(dim=-1)).max().item())
+        return worst
+
+
+def _repeated(x: torch.Tensor, copies: int) -> torch.Tensor:
+    out = torch.zeros(copies, *x.shape, dtype=x.dtype)
+    advise_huge_pages([out])
+    return out.copy_(x)
+
+
+class Upstream:
+    """Upstream's attention on the CPU: gather a request's rows by slot, then torch's attention, one request at a time."""
+
+    label = "upstream"
+
+    def __init__(self, shape: Shape) -> None:
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+        slots = shape.context * shape.batch
+        self.shape, self.backend = shape, TorchNativeAttnBackend.__new__(TorchNativeAttnBackend)
+        self.caches = torch.randn(2, slots, shape.kv_heads, shape.head_dim).bfloat16()
+        self.table = torch.randperm(slots // PAGE)[:, None] * PAGE + torch.arange(PAGE)
+        self.table = self.table.reshape(shape.batch, -1)
+        self.bytes = self.caches.nbytes
+        self.q = shape.q.bfloat16()
+        self.out = torch.empty_like(self.q)
+
+    def run(self) -> None:
+        s = self.shape
+        self.backend._run_sdpa_forward_decode(
+            self.q, self.out, *self.caches, self.table, torch.arange(s.batch),
+            torch.full((s.batch,), self.table.shape[1]), scaling=s.scaling, enable_gqa=s.q.shape[1] != s.kv_heads,
+        )  # fmt: skip
+
+    def error(self) -> float:
+        return 0.0
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a plain parallel sum over memory that no cache holds: the best of several."""
+    x = torch.ones(BUFFER_BYTES * 2 // 4, dtype=torch.float32)
+    return max(x.nbytes / _timed(x.sum) for _ in range(15))
+
+
+def _timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def layer_format(options: argparse.Namespace, bits_key: int, bits_value: int) -> LayerFormat:
+    def fmt(bits: int, axis: int, token_lanes: bool) -> TensorFormat:
+        group = options.group_size if axis == 1 or options.group_size != -1 else options.head_dim
+        return TensorFormat(bits, options.asym, axis, group, PAGE, options.head_dim, token_lanes)
+
+    return LayerFormat(fmt(bits_key, options.axis_key, True), fmt(bits_value, options.axis_value, False))
+
+
+def measure(options: argparse.Namespace, context: int, batch: int) -> list[Result]:
+    shape = Shape(options, context, batch)
+    variants: list = [Packed(shape, None, "bfloat16")]
+    for key, value in options.bits:
+        variants.append(Packed(shape, layer_format(options, key, value), f"K{key}V{value}"))
+    if options.upstream:
+        variants.append(Upstream(shape))
+    errors = {v.label: v.error() for v in variants}
+    for label, error in errors.items():
+        if error > TOLERANCE:
+            sys.exit(f"{label} is wrong at context {context}, batch {batch}: relative error {error:.2e}")
+    times: dict[str, list[float]] = {v.label: [] for v in variants}
+    bandwidth = read_bandwidth()
+    for v in variants:
+        v.run()
+    for _ in range(options.repeats):
+        for v in variants:
+            times[v.label].append(_timed(v.run))
+    median = {label: statistics.median(t) for label, t in times.items()}
+    return [
+        Result(
+            variant=v.label,
+            context=context,
+            batch=batch,
+            seconds=median[v.label],
+            bytes=v.bytes,
+            bandwidth=v.bytes / median[v.label],
+            fraction_of_read_bandwidth=v.bytes / median[v.label] / bandwidth,
+            ratio_to_bfloat16=median[v.label] / median["bfloat16"],
+            best=min(times[v.label]),
+            ratio_of_best=min(times[v.label]) / min(times["bfloat16"]),
+            error=errors[v.label],
+        )
+        for v in variants
+    ]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", help="the device whose kernels to time (cpu)")
+    parser.add_argument("--bits-key", type=int, nargs="+", default=[4, 8, 2], choices=(2, 4, 8), metavar="BITS")
+    parser.add_argument("--bits-value", type=int, nargs="+", choices=(2, 4, 8), metavar="BITS", help="as many; default: the keys'")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--gqa", type=int, default=3, help="query heads of a KV head")
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--context", type=int, nargs="+", default=[8192])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--axis-key", type=int, default=0, choices=(0, 1))
+    parser.add_argument("--axis-value", type=int, default=0, choices=(0, 1))
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--residual-length", type=int, default=128)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of q, k, v and rings")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--no-upstream", dest="upstream", action="store_false", help="leave out upstream's path (slow)")
+    parser.add_argument("--json", metavar="FILE", help="write the results there too")
+    options = parser.parse_args(arguments)
+    values = options.bits_value or options.bits_key
+    if len(values) != len(options.bits_key):
+        parser.error("--bits-value needs as many widths as --bits-key")
+    options.bits = list(zip(options.bits_key, values))
+    if options.device != "cpu":
+        parser.error(f"there are no kernels for {options.device} yet")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.manual_seed(0)
+    name, threads = kernels_cpu.module().body_name(), torch.get_num_threads()
+    print(f"C++ ({name}), {threads} threads, head_dim {options.head_dim}, {options.kv_heads} KV heads, GQA {options.gqa}")
+    print(f"{'context':>8} {'batch':>5} {'variant':>9} {'us':>10} {'GB/s':>7} {'of read':>7} {'of bf16':>7} {'best us':>10} {'of bf16':>7} {'error':>8}")
+    results = []
+    for context in options.context:
+        for batch in options.batch:
+            for r in measure(options, context, batch):
+                results.append(r)
+                print(
+                    f"{context:8} {batch:5} {r.variant:>9} {r.seconds * 1e6:10.1f} {r.bandwidth / 1e9:7.1f} "
+                    f"{r.fraction_of_read_bandwidth:7.2f} {r.ratio_to_bfloat16:7.2f} {r.best * 1e6:10.1f} "
+                    f"{r.ratio_of_best:7.2f} {r.error:8.1e}"
+                )
+    if options.json:
+        settings = SimpleNamespace(**vars(options) | {"dtype": str(options.dtype)})
+        with open(options.json, "w") as file:
+            json.dump({"settings": vars(settings), "body": name, "threads": threads, "results": [asdict(r) for r in results]}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+// The body of the CPU kernels for AVX-512 (F, BW, VL, DQ, VNNI).
+//
+// Headers that other files share come before the pragma: code compiled for this instruction set stays in the body's
+// own namespace, so that the linker cannot give it to a machine without.
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include <sgl_kernel/kvtuner/cpu/attend_types.h>
+#include <sgl_kernel/kvtuner/cpu/store_out.h>
+#include <sgl_kernel/kvtuner/kv_codec.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2")
+
+namespace kvtuner {
+namespace {
+namespace avx512 {
+#include <sgl_kernel/kvtuner/cpu/simd_avx512.h>
+
+#include <sgl_kernel/kvtuner/cpu/block_product.h>
+
+#include <sgl_kernel/kvtuner/cpu/block_multiply.h>
+
+#include <sgl_kernel/kvtuner/cpu/attend_body.h>
+
+#include <sgl_kernel/kvtuner/cpu/pack_body.h>
+}  // namespace avx512
+}  // namespace
+}  // namespace kvtuner
+
+#pragma GCC pop_options
+
+namespace kvtuner {
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+}  // namespace
+
+const Body kAvx512Body{"avx512", supported, avx512::attend, avx512::pack, avx512::load_rows};
+}  // namespace kvtuner
+#else
+namespace kvtuner {
+const Body kAvx512Body{"avx512", [] { return false; }, nullptr, nullptr, nullptr};
+}  // namespace kvtuner
+#endif

@@ -1,0 +1,67 @@
+// Sixteen lanes in one AVX-512 register (F, BW, VL, DQ, VNNI); names as in simd_plain.h.
+
+constexpr int kMaxVectors = 4;
+
+using F = __m512;
+using I = __m512i;
+
+inline F f_set(float x) { return _mm512_set1_ps(x); }
+inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void f_store(float* p, F a) { _mm512_storeu_ps(p, a); }
+inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F f_abs(F a) { return _mm512_abs_ps(a); }
+inline float f_hmax(F a) { return _mm512_reduce_max_ps(a); }
+inline float f_hsum(F a) { return _mm512_reduce_add_ps(a); }
+
+inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
+inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
+inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
+inline int32_t i_hsum(I a) { return _mm512_reduce_add_epi32(a); }
+template <int N> inline I i_shl(I a) { return _mm512_slli_epi32(a, N); }
+template <int N> inline I i_shr(I a) { return _mm512_srli_epi32(a, N); }
+inline I i_dot(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
+inline F as_float(I a) { return _mm512_castsi512_ps(a); }
+inline void store_int16(int16_t* p, I a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }
+inline F load_int16(const void* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+}
+inline F load_bf16(const void* p) {
+  return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline F load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+// to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
+inline void transpose16(const float* from, int from_stride, float* to, int to_stride) {
+  F x[16], y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = f_load(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // four rows: x[i + c] has columns c, 4 + c, 8 + c, 12 + c
+    x[i] = _mm512_shuffle_ps(y[i], y[i + 2], 0x44);
+    x[i + 1] = _mm512_shuffle_ps(y[i], y[i + 2], 0xee);
+    x[i + 2] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+    x[i + 3] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const F a = _mm512_shuffle_f32x4(x[c], x[c + 4], 0x88), b = _mm512_shuffle_f32x4(x[c], x[c + 4], 0xdd);
+    const F d = _mm512_shuffle_f32x4(x[c + 8], x[c + 12], 0x88), e = _mm512_shuffle_f32x4(x[c + 8], x[c + 12], 0xdd);
+    f_store(to + c * to_stride, _mm512_shuffle_f32x4(a, d, 0x88));
+    f_store(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(b, e, 0x88));
+    f_store(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(a, d, 0xdd));
+    f_store(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(b, e, 0xdd));
+  }
+}

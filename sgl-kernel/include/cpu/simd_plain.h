@@ -1,0 +1,67 @@
+// Sixteen lanes in plain C++; the same names in simd_avx2.h and simd_avx512.h. Included once per body, in its namespace.
+
+constexpr int kMaxVectors = 1;  // vectors of lanes that a tile of the products takes side by side
+
+struct F { float v[16]; };
+struct I { int32_t v[16]; };
+
+#define KVTUNER_EACH for (int i = 0; i < 16; ++i)
+
+inline F f_set(float x) { F r; KVTUNER_EACH r.v[i] = x; return r; }
+inline F f_load(const float* p) { F r; memcpy(r.v, p, 64); return r; }
+inline void f_store(float* p, F a) { memcpy(p, a.v, 64); }
+inline F f_add(F a, F b) { KVTUNER_EACH a.v[i] += b.v[i]; return a; }
+inline F f_sub(F a, F b) { KVTUNER_EACH a.v[i] -= b.v[i]; return a; }
+inline F f_mul(F a, F b) { KVTUNER_EACH a.v[i] *= b.v[i]; return a; }
+inline F f_fma(F a, F b, F c) { KVTUNER_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
+inline F f_max(F a, F b) { KVTUNER_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline F f_abs(F a) { KVTUNER_EACH a.v[i] = a.v[i] < 0 ? -a.v[i] : a.v[i]; return a; }
+inline float f_hmax(F a) { float m = a.v[0]; KVTUNER_EACH m = a.v[i] > m ? a.v[i] : m; return m; }
+inline float f_hsum(F a) { float s = 0; KVTUNER_EACH s += a.v[i]; return s; }
+
+inline I i_set(int32_t x) { I r; KVTUNER_EACH r.v[i] = x; return r; }
+inline I i_load(const void* p) { I r; memcpy(r.v, p, 64); return r; }
+inline I i_add(I a, I b) { KVTUNER_EACH a.v[i] += b.v[i]; return a; }
+inline I i_sub(I a, I b) { KVTUNER_EACH a.v[i] -= b.v[i]; return a; }
+inline I i_and(I a, I b) { KVTUNER_EACH a.v[i] &= b.v[i]; return a; }
+inline int32_t i_hsum(I a) { int32_t s = 0; KVTUNER_EACH s += a.v[i]; return s; }
+template <int N> inline I i_shl(I a) { KVTUNER_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << N); return a; }
+// Shift right; bits cross from the upper 16-bit word into the lower one, so mask afterwards.
+template <int N> inline I i_shr(I a) { KVTUNER_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] >> N); return a; }
+// acc + the dot product of each lane's two int16 pairs.
+inline I i_dot(I acc, I a, I b) {
+  KVTUNER_EACH acc.v[i] += (int16_t)a.v[i] * (int16_t)b.v[i] + (a.v[i] >> 16) * (b.v[i] >> 16);
+  return acc;
+}
+inline F to_float(I a) { F r; KVTUNER_EACH r.v[i] = (float)a.v[i]; return r; }
+// Nearest even; |a| below 2^22.
+inline I to_int(F a) { I r; KVTUNER_EACH r.v[i] = (int32_t)round_even(a.v[i]); return r; }
+inline F as_float(I a) { F r; memcpy(r.v, a.v, 64); return r; }
+inline void store_int16(int16_t* p, I a) { KVTUNER_EACH p[i] = (int16_t)a.v[i]; }
+inline F load_int16(const void* p) { int16_t h[16]; memcpy(h, p, 32); F r; KVTUNER_EACH r.v[i] = h[i]; return r; }
+inline F load_bf16(const void* p) {
+  uint16_t h[16];
+  memcpy(h, p, 32);
+  F r;
+  KVTUNER_EACH r.v[i] = float_of((uint32_t)h[i] << 16);
+  return r;
+}
+inline F load_half(const void* p) {
+  uint16_t h[16];
+  memcpy(h, p, 32);
+  F r;
+  KVTUNER_EACH {
+    const uint32_t magnitude = h[i] & 0x7fff, sign = (uint32_t)(h[i] & 0x8000) << 16;
+    const float x = magnitude >= 0x7c00 ? float_of((magnitude << 13) + (224u << 23)) : scale_of_half((uint16_t)magnitude);
+    r.v[i] = float_of(bits_of(x) | sign);
+  }
+  return r;
+}
+
+// to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
+inline void transpose16(const float* from, int from_stride, float* to, int to_stride) {
+  for (int c = 0; c < 16; ++c)
+    for (int r = 0; r < 16; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
+#undef KVTUNER_EACH
