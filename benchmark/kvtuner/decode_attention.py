@@ -20,10 +20,9 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang.srt.kvtuner import kernels_cpu
+from sglang.srt.kvtuner import huge_pages, kernels_cpu
 from sglang.srt.kvtuner.backend import attend
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
-from sglang.srt.kvtuner.huge_pages import advise_huge_pages
 from sglang.srt.kvtuner.page_codec import decode_pages
 
 PAGE = 64
@@ -125,8 +124,7 @@ class Packed:
 
 
 def _repeated(x: torch.Tensor, copies: int) -> torch.Tensor:
-    out = torch.zeros(copies, *x.shape, dtype=x.dtype)
-    advise_huge_pages([out])
+    (out,) = huge_pages.zeros([(copies, *x.shape)], x.dtype, "cpu")
     return out.copy_(x)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from sglang.srt.kvtuner import huge_pages
 from sglang.srt.kvtuner.formats import TensorFormat
-from sglang.srt.kvtuner.huge_pages import advise_huge_pages
 from sglang.srt.kvtuner.page_codec import decode_pages, encode_pages
 from sglang.srt.kvtuner.plan import CachePlan
 from sglang.srt.kvtuner.residual_window import ResidualWindow
@@ -55,13 +55,12 @@ class KVTunerTokenToKVPool(KVCache):
         self.formats = plan.layers[start_layer:end_layer]
         num_pages = size // plan.page_size + 1
 
-        def buffer(fmt: TensorFormat) -> torch.Tensor:
-            return torch.zeros((num_pages, kv_heads, fmt.block_bytes), dtype=torch.uint8, device=device)
+        def buffers(formats: list[TensorFormat]) -> list[torch.Tensor]:
+            shapes = [(num_pages, kv_heads, fmt.block_bytes) for fmt in formats]
+            return huge_pages.zeros(shapes, torch.uint8, device)
 
-        self.keys = [buffer(layer.key) for layer in self.formats]
-        self.values = [buffer(layer.value) for layer in self.formats]
-        if torch.device(device).type == "cpu":
-            advise_huge_pages([*self.keys, *self.values])  # torch.zeros has not touched large buffers yet
+        self.keys = buffers([layer.key for layer in self.formats])
+        self.values = buffers([layer.value for layer in self.formats])
         self.window = ResidualWindow(
             plan,
             num_layers=self.layer_num,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from sglang.srt.kvtuner import huge_pages
 from sglang.srt.kvtuner.plan import CachePlan
 
 
@@ -55,9 +56,9 @@ class ResidualWindow:
     ) -> None:
         self.length = plan.ring_length
         self.ledger = RingLedger(num_slots)
-        shape = (num_slots, self.length, kv_heads, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shapes = [(num_slots, self.length, kv_heads, head_dim)] * num_layers
+        self.keys = huge_pages.zeros(shapes, dtype, device)
+        self.values = huge_pages.zeros(shapes, dtype, device)
 
     def rows(self, start: int, end: int) -> torch.Tensor:
         """Ring rows of positions [start, end), int64 on the host; at most ``length`` of them."""
