@@ -25,6 +25,10 @@ namespace avx2 {
 
 #include <sgl_kernel/kvtuner/cpu/block_multiply.h>
 
+#include <sgl_kernel/kvtuner/cpu/softmax.h>
+
+#include <sgl_kernel/kvtuner/cpu/attend_tail.h>
+
 #include <sgl_kernel/kvtuner/cpu/attend_body.h>
 
 #include <sgl_kernel/kvtuner/cpu/pack_body.h>
@@ -41,10 +45,10 @@ bool supported() {
 }
 }  // namespace
 
-const Body kAvx2Body{"avx2", supported, avx2::attend, avx2::pack, avx2::load_rows};
+const Body kAvx2Body{"avx2", supported, avx2::scratch_bytes, avx2::attend, avx2::pack, avx2::load_rows};
 }  // namespace kvtuner
 #else
 namespace kvtuner {
-const Body kAvx2Body{"avx2", [] { return false; }, nullptr, nullptr, nullptr};
+const Body kAvx2Body{"avx2", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
 }  // namespace kvtuner
 #endif

@@ -25,6 +25,10 @@ namespace avx512 {
 
 #include <sgl_kernel/kvtuner/cpu/block_multiply.h>
 
+#include <sgl_kernel/kvtuner/cpu/softmax.h>
+
+#include <sgl_kernel/kvtuner/cpu/attend_tail.h>
+
 #include <sgl_kernel/kvtuner/cpu/attend_body.h>
 
 #include <sgl_kernel/kvtuner/cpu/pack_body.h>
@@ -42,10 +46,10 @@ bool supported() {
 }
 }  // namespace
 
-const Body kAvx512Body{"avx512", supported, avx512::attend, avx512::pack, avx512::load_rows};
+const Body kAvx512Body{"avx512", supported, avx512::scratch_bytes, avx512::attend, avx512::pack, avx512::load_rows};
 }  // namespace kvtuner
 #else
 namespace kvtuner {
-const Body kAvx512Body{"avx512", [] { return false; }, nullptr, nullptr, nullptr};
+const Body kAvx512Body{"avx512", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
 }  // namespace kvtuner
 #endif

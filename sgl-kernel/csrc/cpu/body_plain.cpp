@@ -18,6 +18,10 @@ namespace plain {
 
 #include <sgl_kernel/kvtuner/cpu/block_multiply.h>
 
+#include <sgl_kernel/kvtuner/cpu/softmax.h>
+
+#include <sgl_kernel/kvtuner/cpu/attend_tail.h>
+
 #include <sgl_kernel/kvtuner/cpu/attend_body.h>
 
 #include <sgl_kernel/kvtuner/cpu/pack_body.h>
@@ -32,5 +36,5 @@ bool supported() {
 }
 }  // namespace
 
-const Body kPlainBody{"plain", supported, plain::attend, plain::pack, plain::load_rows};
+const Body kPlainBody{"plain", supported, plain::scratch_bytes, plain::attend, plain::pack, plain::load_rows};
 }  // namespace kvtuner

@@ -97,6 +97,8 @@ Cache read_cache(TensorView k_new, TensorView v_new, TensorView k_ring, TensorVi
   Cache c{};
   c.k_new = rows_of(k_new), c.v_new = rows_of(v_new), c.k_ring = rows_of(k_ring), c.v_ring = rows_of(v_ring);
   c.kv_heads = (int)k_new.size(1), c.head_dim = (int)k_new.size(2), c.ring_length = k_ring.size(1);
+  for (const RowSource* s : {&c.v_new, &c.k_ring, &c.v_ring})
+    KVTUNER_CHECK(s->dtype == c.k_new.dtype, "keys, values and rings need one dtype");
   KVTUNER_CHECK(v_new.size(2) == c.head_dim && k_ring.size(3) == c.head_dim && v_ring.size(3) == c.head_dim,
                 "K and V need one head_dim");
   KVTUNER_CHECK(k_ring.stride(0) == c.ring_length * k_ring.stride(1) && v_ring.stride(0) == c.ring_length * v_ring.stride(1),
@@ -135,12 +137,6 @@ void merge(const AttendCall& c, const WorkItem* items, int count) {
   }
 }
 
-// Bytes that a body's scratch takes at most (attend_body.h), generously.
-int64_t scratch_bytes(const AttendCall& c) {
-  const int64_t rows = row_limit(c.group), widest = std::max(c.head_dim, std::max(c.key.page, kTailTokens));
-  return (rows * widest * 24 + 3 * kTailTokens * c.head_dim * 4 + rows * widest * 4) + 64 * 64;
-}
-
 void attend(TensorView q, TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_ring, TensorView k_pages,
             TensorView v_pages, TensorView sequences, TensorView pages, TensorView formats, int64_t page,
             double scaling, TensorView out) {
@@ -162,7 +158,7 @@ void attend(TensorView q, TensorView k_new, TensorView v_new, TensorView k_ring,
       plan.items[i].partial = partial;
       partial += partial_floats((plan.items[i].token_end - plan.items[i].token_begin) * c.group, c.head_dim);
     }
-  const int64_t bytes = scratch_bytes(c);
+  const int64_t bytes = b.scratch_bytes(c);
   const bool merges = !plan.first.empty();
 #pragma omp parallel num_threads(threads) if (plan.threads > 1)
   {
@@ -219,26 +215,19 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
     const int64_t id = c.pages[s.page_begin + task.page_index];
     b.pack(f, rows.data(), (value ? c.v_pages : c.k_pages) + (id * c.kv_heads + head) * f.block_bytes(), codes.data());
   };
-  const auto keep_one = [&](int64_t i, std::vector<float>& rows) {
+  const auto keep_one = [&](int64_t i) {
     const Sequence& s = c.sequences[i];
     const int64_t end = s.prior + s.fresh;
-    rows.resize(dim);
     for (const auto& [from, to] : {std::pair(&c.k_new, &c.k_ring), std::pair(&c.v_new, &c.v_ring)})
       for (int64_t p = std::max(s.prior, end - c.ring_length); p < end; ++p)
         for (int h = 0; h < c.kv_heads; ++h) {
           const char* source = row_at(*from, s.first + p - s.prior, h);
           char* target = (char*)row_at(*to, s.slot * c.ring_length + p % c.ring_length, h);
-          if (from->dtype == to->dtype) {
-            std::memcpy(target, source, dim * size_of(to->dtype));
-          } else {
-            b.load_rows(from->dtype, source, dim, rows.data());
-            store_floats(to->dtype, target, rows.data(), 1.f, dim);
-          }
+          std::memcpy(target, source, dim * size_of(to->dtype));
         }
   };
   if (packs == 0) {  // most decode steps: copying a row per sequence is not worth waking threads
-    std::vector<float> rows;
-    for (int64_t i = 0; i < c.count; ++i) keep_one(i, rows);
+    for (int64_t i = 0; i < c.count; ++i) keep_one(i);
     return;
   }
 #pragma omp parallel
@@ -249,7 +238,7 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
     for (int64_t i = 0; i < packs; ++i) pack_one(i, rows, codes);
     // Only now may new rows take the place of ring rows that the pages above were packed from.
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < c.count; ++i) keep_one(i, rows);
+    for (int64_t i = 0; i < c.count; ++i) keep_one(i);
   }
 }
 

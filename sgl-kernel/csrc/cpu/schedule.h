@@ -9,7 +9,7 @@
 namespace kvtuner {
 
 // A tile of full-precision rows costs about this many packed pages.
-constexpr int64_t kTailCost = 3;
+constexpr int64_t kTailCost = 2;
 // Shares per thread: enough to even out where other processes hold a core for a while.
 constexpr int64_t kSharesPerThread = 4;
 // A share below this many units is not worth the merge.
@@ -53,8 +53,10 @@ inline Schedule make_schedule(const AttendCall& c, int64_t sequences, int thread
   out.threads = threads = total < kSerialCost ? 1 : threads;
   const int64_t share = std::max<int64_t>(1, total / (threads * kSharesPerThread));
   for (const Whole& w : wholes) {
-    int64_t pieces = threads == 1 ? 1 : std::min((w.cost + share - 1) / share, w.item.unit_end / kMinUnits);
-    pieces = std::max<int64_t>(1, pieces);
+    int64_t pieces = threads == 1 ? 1 : (w.cost + share - 1) / share;
+    // Few requests: as many pieces for each thread.
+    if (pieces > 1) pieces = (pieces + threads - 1) / threads * threads;
+    pieces = std::max<int64_t>(1, std::min(pieces, w.item.unit_end / kMinUnits));
     if (pieces > 1) {
       out.first.push_back((int)out.items.size());
       out.count.push_back((int)pieces);

@@ -1,189 +1,118 @@
-// One work item of attention: online softmax over pages and full-precision tiles. Included once per body.
+// One work item of attention: online softmax over runs of packed pages, then over full-precision tiles. Included once
+// per body, last.
 
-inline void load_rows(Dtype dtype, const void* from, int64_t count, float* to) {
-  if (dtype == Dtype::f32) {
-    memcpy(to, from, count * 4);
-  } else if (dtype == Dtype::bf16) {
-    for (int64_t i = 0; i < count; i += 16) f_store(to + i, load_bf16((const uint16_t*)from + i));
-  } else {
-    for (int64_t i = 0; i < count; i += 16) f_store(to + i, load_half((const uint16_t*)from + i));
-  }
-}
+// Pages whose scores are computed before their values are read: what a page waits for (maxima, sums, roundings)
+// overlaps with the others'. With many rows there is work enough in one. The blocks of a run, fetched ahead of use, must
+// not push each other out of the first-level cache.
+constexpr int kRunPages = 4;
+constexpr int kRunRows = 16;
+constexpr int kRunBytes = 24 << 10;
 
-inline const void* row_at(const RowSource& s, int64_t row, int64_t head) {
-  return (const char*)s.data + (row * s.row_stride + head * s.head_stride) * (s.dtype == Dtype::f32 ? 4 : 2);
-}
-
-// 2^x for x <= 0, relative error 2e-7; below -126 a value near the smallest float.
-inline F f_exp2(F x) {
-  x = f_max(x, f_set(-126.f));
-  const I n = to_int(x);
-  const F f = f_sub(x, to_float(n));
-  F y = f_set(1.5403530e-4f);
-  y = f_fma(y, f, f_set(1.3333558e-3f));
-  y = f_fma(y, f, f_set(9.6181291e-3f));
-  y = f_fma(y, f, f_set(5.5504109e-2f));
-  y = f_fma(y, f, f_set(2.4022651e-1f));
-  y = f_fma(y, f, f_set(6.9314718e-1f));
-  y = f_fma(y, f, f_set(1.f));
-  return f_mul(y, as_float(i_shl<23>(i_add(n, i_set(127)))));
-}
-
-struct State {
-  int rows, head_dim;
-  float *acc, *most, *sum;  // [rows][head_dim], [rows], [rows]
-};
-
-constexpr float kNothing = -1e30f;
-
-// Scores to probabilities relative to the new maximum, in place; the state is rescaled where its maximum rose.
-inline void softmax_row(State& st, int r, float* s, int count) {
-  F m = f_load(s);
-  for (int i = 16; i < count; i += 16) m = f_max(m, f_load(s + i));
-  const float most = f_hmax(m);
-  if (most > st.most[r]) {
-    float* acc = st.acc + (int64_t)r * st.head_dim;
-    float factor[16];
-    f_store(factor, f_exp2(f_set(st.most[r] - most)));
-    for (int i = 0; i < st.head_dim; i += 16) f_store(acc + i, f_mul(f_load(acc + i), f_set(factor[0])));
-    st.sum[r] *= factor[0];
-    st.most[r] = most;
-  }
-  const F base = f_set(st.most[r]);
-  F total = f_set(0.f);
-  for (int i = 0; i < count; i += 16) {
-    const F p = f_exp2(f_sub(f_load(s + i), base));
-    f_store(s + i, p);
-    total = f_add(total, p);
-  }
-  st.sum[r] += f_hsum(total);
+inline int run_pages(const AttendCall& c, int rows) {
+  const int fit = kRunBytes / (c.key.block_bytes() + c.value.block_bytes());
+  return rows > kRunRows || fit < 1 ? 1 : fit < kRunPages ? fit : kRunPages;
 }
 
 struct Scratch {
-  float *q, *scores, *key_rows, *key_tile, *value_tile;
-  Rows16 q16;
-  FoldScratch fold;
+  float *q, *scores, *folded;
+  Left keys, values[kRunPages];
+  TailScratch tail;
   State state;
+  BlockShape key, value;
+  int run;
+  int64_t bytes;
 
-  Scratch(const AttendCall& c, int rows, void* memory) {
+  Scratch(const AttendCall& c, int rows, void* memory)
+      : key(c.key), value(c.value), run(run_pages(c, rows)) {
     Carver carve{(char*)memory};
-    const int dim = c.head_dim, widest = dim > c.key.page ? dim : c.key.page;
-    const int groups = c.key.groups() > c.value.groups() ? c.key.groups() : c.value.groups();
-    const int tokens = c.key.page > kTailTokens ? c.key.page : kTailTokens;
+    const int dim = c.head_dim, page = c.key.page, tokens = page * run > kTailTokens ? page * run : kTailTokens;
     q = carve.take<float>(rows * dim);
     scores = carve.take<float>(rows * tokens);
-    key_rows = carve.take<float>(kTailTokens * dim);
-    key_tile = carve.take<float>(kTailTokens * dim);
-    value_tile = carve.take<float>(kTailTokens * dim);
-    for (Rows16* r : {&q16, &fold.rows})
-      *r = {carve.take<int16_t>(rows * widest), carve.take<float>(rows), carve.take<float>(rows * groups),
-            carve.take<float>(rows * groups)};
-    fold.folded = carve.take<float>(rows * widest);
-    fold.extra = carve.take<float>(rows);
-    state = {rows, dim, carve.take<float>(rows * dim), carve.take<float>(rows), carve.take<float>(rows)};
+    folded = carve.take<float>(page > dim ? page : dim);
+    keys = Left::carve(carve, key, rows);
+    for (int i = 0; i < run; ++i) values[i] = Left::carve(carve, value, rows);
+    tail = {scores, carve.take<float>(kTailTokens * dim), carve.take<float>(kTailTokens * dim),
+            carve.take<float>(kTailTokens * dim)};
+    state = {rows, dim, carve.take<float>(rows * dim), carve.take<float>(rows), carve.take<float>(rows * kLanes)};
+    bytes = carve.used;
   }
 };
 
-// Scores of a tile of full-precision keys. Few rows (decode) take dot products along channels; many rows pay for
-// turning the tile so that tokens are lanes.
-inline void tail_scores(Scratch& s, int rows, int dim, int count) {
-  if (rows <= 8) {
-    for (int t = 0; t < count; ++t)
-      for (int r = 0; r < rows; ++r) {
-        F sum = f_set(0.f);
-        for (int i = 0; i < dim; i += 16)
-          sum = f_fma(f_load(s.q + r * dim + i), f_load(s.key_rows + t * dim + i), sum);
-        s.scores[r * kTailTokens + t] = f_hsum(sum);
-      }
-    return;
-  }
-  for (int t = 0; t < kTailTokens; t += 16)
-    for (int i = 0; i < dim; i += 16)
-      transpose16(s.key_rows + t * dim + i, dim, s.key_tile + i * kTailTokens + t, kTailTokens);
-  memset(s.scores, 0, sizeof(float) * rows * kTailTokens);
-  cover(rows, kTailTokens / kLanes,
-        FloatTile<32>{(const uint8_t*)s.key_tile, nullptr, kTailTokens * 4, dim, s.q, dim, s.scores, kTailTokens});
+// What an item of the call needs at most.
+int64_t scratch_bytes(const AttendCall& c) {
+  const int most = (int)row_limit(c.group), few = most < kRunRows ? most : kRunRows;
+  const int64_t a = Scratch(c, most, nullptr).bytes, b = Scratch(c, few, nullptr).bytes;
+  return a > b ? a : b;
 }
 
-inline void attend_tail(const AttendCall& c, const WorkItem& item, Scratch& s, int64_t begin, int64_t end) {
-  const Sequence& seq = c.sequences[item.sequence];
-  const int dim = c.head_dim, count = (int)(end - begin);
-  for (int t = 0; t < kTailTokens; ++t) {
-    float *k = s.key_rows + t * dim, *v = s.value_tile + t * dim;
-    const int64_t position = begin + t;
-    if (t >= count) {
-      memset(k, 0, dim * 4), memset(v, 0, dim * 4);
-      continue;
-    }
-    const bool fresh = position >= seq.prior;
-    const int64_t row = fresh ? seq.first + position - seq.prior : seq.slot * c.ring_length + position % c.ring_length;
-    const RowSource &ks = fresh ? c.k_new : c.k_ring, &vs = fresh ? c.v_new : c.v_ring;
-    load_rows(ks.dtype, row_at(ks, row, item.kv_head), dim, k);
-    load_rows(vs.dtype, row_at(vs, row, item.kv_head), dim, v);
-  }
-  const int rows = s.state.rows;
-  tail_scores(s, rows, dim, count);
+inline void load_queries(const AttendCall& c, const WorkItem& item, Scratch& s) {
+  const int rows = s.state.rows, dim = c.head_dim;
+  const F factor = f_set(c.scaling * 1.44269504f);  // scores in units of log 2
   for (int r = 0; r < rows; ++r) {
-    float* scores = s.scores + r * kTailTokens;
-    const int64_t visible = seq.prior + item.token_begin + r / c.group + 1 - begin;
-    const int limit = visible < count ? (int)visible : count;
-    if (limit <= 0) {
-      memset(scores, 0, sizeof(float) * kTailTokens);
-      continue;
-    }
-    for (int t = limit; t < kTailTokens; ++t) scores[t] = -1e38f;
-    softmax_row(s.state, r, scores, kTailTokens);
+    const int64_t row = c.sequences[item.sequence].first + item.token_begin + r / c.group;
+    float* q = s.q + r * dim;
+    load_rows(c.q.dtype, row_at(c.q, row, item.kv_head * c.group + r % c.group), dim, q);
+    for (int i = 0; i < dim; i += 16) f_store(q + i, f_mul(f_load(q + i), factor));
+    s.state.most[r] = kNothing;
   }
-  cover(rows, dim / kLanes,
-        FloatTile<32>{(const uint8_t*)s.value_tile, nullptr, dim * 4, count, s.scores, kTailTokens, s.state.acc, dim});
+  memset(s.state.sums, 0, sizeof(float) * rows * kLanes);
+  memset(s.state.acc, 0, sizeof(float) * rows * dim);
+}
+
+inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, int64_t last) {
+  const int rows = s.state.rows, dim = c.head_dim, page = c.key.page, stride = s.run * page;
+  const int32_t* pages = c.pages + c.sequences[item.sequence].page_begin;
+  const auto key_block = [&](int64_t u) {
+    return u < last ? c.k_pages + ((int64_t)pages[u] * c.kv_heads + item.kv_head) * s.key.bytes : nullptr;
+  };
+  const auto value_block = [&](int64_t u) {
+    return c.v_pages + ((int64_t)pages[u] * c.kv_heads + item.kv_head) * s.value.bytes;
+  };
+  for (int64_t u = item.unit_begin; u < last && u < item.unit_begin + s.run; ++u)
+    Prefetch{key_block(u), 0}.fetch(s.key.bytes / kVectorBytes);
+  const bool keys_once = s.key.bits == 16 || s.key.reduction_groups;
+  if (keys_once) prepare(s.key, nullptr, s.q, dim, rows, s.folded, s.keys);
+  for (int64_t u = item.unit_begin; u < last; u += s.run) {
+    const int count = (int)(last - u < s.run ? last - u : s.run);
+    for (int j = 0; j < count; ++j) {
+      if (!keys_once) prepare(s.key, key_block(u + j), s.q, dim, rows, s.folded, s.keys);
+      multiply(s.key, key_block(u + j), s.q, dim, s.keys, rows, s.scores + j * page, stride, false, value_block(u + j),
+               s.value.bytes);
+    }
+    for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * stride, count * page);
+    for (int j = 0; j < count; ++j)
+      prepare(s.value, value_block(u + j), s.scores + j * page, stride, rows, s.folded, s.values[j]);
+    for (int j = 0; j < count; ++j)
+      multiply(s.value, value_block(u + j), s.scores + j * page, stride, s.values[j], rows, s.state.acc, dim, true,
+               key_block(u + s.run + j), s.key.bytes);
+  }
 }
 
 inline void store_result(const AttendCall& c, const WorkItem& item, const State& st) {
+  if (item.partial) {
+    float* to = item.partial;
+    memcpy(to, st.acc, sizeof(float) * st.rows * st.head_dim);
+    memcpy(to + (int64_t)st.rows * st.head_dim, st.most, sizeof(float) * st.rows);
+    for (int r = 0; r < st.rows; ++r) to[(int64_t)st.rows * (st.head_dim + 1) + r] = st.sum(r);
+    return;
+  }
   const Sequence& seq = c.sequences[item.sequence];
   for (int r = 0; r < st.rows; ++r) {
-    const float inverse = 1.f / st.sum[r];
     const int64_t row = seq.first + item.token_begin + r / c.group, head = item.kv_head * c.group + r % c.group;
-    store_out(c, row, head, st.acc + (int64_t)r * st.head_dim, inverse);
+    store_out(c, row, head, st.acc + (int64_t)r * st.head_dim, 1.f / st.sum(r));
   }
 }
 
 void attend(const AttendCall& c, const WorkItem& item, void* memory) {
   const Sequence& seq = c.sequences[item.sequence];
-  const int dim = c.head_dim, page = c.key.page, rows = (int)(item.token_end - item.token_begin) * c.group;
-  Scratch s(c, rows, memory);
-  const F factor = f_set(c.scaling * 1.44269504f);  // scores in units of log 2
-  for (int r = 0; r < rows; ++r) {
-    float* q = s.q + r * dim;
-    load_rows(c.q.dtype,
-              row_at(c.q, seq.first + item.token_begin + r / c.group, item.kv_head * c.group + r % c.group), dim, q);
-    for (int i = 0; i < dim; i += 16) f_store(q + i, f_mul(f_load(q + i), factor));
-    s.state.most[r] = kNothing;
-    s.state.sum[r] = 0.f;
-  }
-  memset(s.state.acc, 0, sizeof(float) * rows * dim);
-  const bool prepared = c.key.bits != 16 && c.key.reduction_groups();
-  if (prepared) quantize_rows(s.q, dim, rows, dim, c.key.groups(), int16_limit(c.key, c.key.group), s.q16);
-
-  const int64_t packed = seq.packed_end / page, last = item.unit_end < packed ? item.unit_end : packed;
-  const int32_t* pages = c.pages + seq.page_begin;
-  const int64_t key_bytes = c.key.block_bytes(), value_bytes = c.value.block_bytes();
-  for (int64_t u = item.unit_begin; u < last; ++u) {
-    const int64_t at = (int64_t)pages[u] * c.kv_heads + item.kv_head;
-    const int64_t then = u + 1 < last ? (int64_t)pages[u + 1] * c.kv_heads + item.kv_head : -1;
-    memset(s.scores, 0, sizeof(float) * rows * page);
-    multiply(c.key, c.k_pages + at * key_bytes, then < 0 ? nullptr : c.k_pages + then * key_bytes, s.q, dim, rows,
-             prepared ? &s.q16 : nullptr, s.fold, s.scores, page);
-    for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * page, page);
-    multiply(c.value, c.v_pages + at * value_bytes, then < 0 ? nullptr : c.v_pages + then * value_bytes, s.scores, page,
-             rows, nullptr, s.fold, s.state.acc, dim);
-  }
+  Scratch s(c, (int)(item.token_end - item.token_begin) * c.group, memory);
+  load_queries(c, item, s);
+  const int64_t packed = seq.packed_end / c.key.page;
+  attend_pages(c, item, s, item.unit_end < packed ? item.unit_end : packed);
   const int64_t visible_end = seq.prior + item.token_end;
   for (int64_t u = item.unit_begin > packed ? item.unit_begin : packed; u < item.unit_end; ++u) {
     const int64_t begin = seq.packed_end + (u - packed) * kTailTokens, end = begin + kTailTokens;
-    attend_tail(c, item, s, begin, end < visible_end ? end : visible_end);
+    attend_tail(c, item, s.q, s.state, s.tail, begin, end < visible_end ? end : visible_end);
   }
-  if (!item.partial) return store_result(c, item, s.state);
-  memcpy(item.partial, s.state.acc, sizeof(float) * rows * dim);
-  memcpy(item.partial + (int64_t)rows * dim, s.state.most, sizeof(float) * rows);
-  memcpy(item.partial + (int64_t)rows * (dim + 1), s.state.sum, sizeof(float) * rows);
+  store_result(c, item, s.state);
 }

@@ -55,6 +55,7 @@ struct WorkItem {
 struct Body {
   const char* name;
   bool (*supported)();
+  int64_t (*scratch_bytes)(const AttendCall&);
   void (*attend)(const AttendCall&, const WorkItem&, void* scratch);
   // rows [page][head_dim] of floats to a block; codes: scratch of page * head_dim bytes.
   void (*pack)(const BlockFormat&, const float* rows, uint8_t* block, uint8_t* codes);

@@ -1,6 +1,7 @@
 // Sixteen lanes in two AVX2 registers (with FMA and F16C); names as in simd_plain.h.
 
 constexpr int kMaxVectors = 1;
+constexpr int kMaxRows = 4;
 
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
@@ -16,6 +17,10 @@ inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y
 inline F f_abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline F f_round(F x) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, nearest), _mm256_round_ps(x.b, nearest)};
 }
 inline float f_hmax(F x) {
   const __m256 m = _mm256_max_ps(x.a, x.b);
@@ -44,13 +49,16 @@ inline int32_t i_hsum(I x) {
   return _mm_cvtsi128_si32(_mm_add_epi32(n, _mm_shuffle_epi32(n, 0xb1)));
 }
 template <int N> inline I i_shl(I x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
-template <int N> inline I i_shr(I x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
+template <int N> inline I i_shr16(I x) { return {_mm256_srli_epi16(x.a, N), _mm256_srli_epi16(x.b, N)}; }
 inline I i_dot(I acc, I x, I y) {
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
 }
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline F as_float(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+inline F f_scale2(F x, F n) {
+  return f_mul(x, as_float(i_shl<23>(i_add(to_int(n), i_set(127)))));
+}
 inline void store_int16(int16_t* p, I x) {
   // The pack works in 128-bit halves; the permutation puts them in order.
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8));
@@ -68,6 +76,12 @@ inline F load_bf16(const void* p) {
 inline F load_half(const void* p) {
   const __m128i* h = (const __m128i*)p;
   return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+}
+
+inline F f_hsum_each(const F* x) {
+  float sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = f_hsum(x[i]);
+  return f_load(sums);
 }
 
 // to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.

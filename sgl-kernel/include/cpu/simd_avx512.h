@@ -1,6 +1,7 @@
 // Sixteen lanes in one AVX-512 register (F, BW, VL, DQ, VNNI); names as in simd_plain.h.
 
 constexpr int kMaxVectors = 4;
+constexpr int kMaxRows = 6;
 
 using F = __m512;
 using I = __m512i;
@@ -14,6 +15,8 @@ inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
+inline F f_round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F f_scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 inline float f_hmax(F a) { return _mm512_reduce_max_ps(a); }
 inline float f_hsum(F a) { return _mm512_reduce_add_ps(a); }
 
@@ -24,8 +27,12 @@ inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
 inline int32_t i_hsum(I a) { return _mm512_reduce_add_epi32(a); }
 template <int N> inline I i_shl(I a) { return _mm512_slli_epi32(a, N); }
-template <int N> inline I i_shr(I a) { return _mm512_srli_epi32(a, N); }
-inline I i_dot(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+template <int N> inline I i_shr16(I a) { return _mm512_srli_epi16(a, N); }
+// The intrinsic, but tied to the accumulator's register: GCC 12 copies it around the loops otherwise.
+inline I i_dot(I acc, I a, I b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
 inline F as_float(I a) { return _mm512_castsi512_ps(a); }
@@ -37,6 +44,21 @@ inline F load_bf16(const void* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 inline F load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+// Lane i of the result is the sum over the lanes of x[i].
+inline F f_hsum_each(const F* x) {
+  F y[8], z[4], w[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    y[i] = f_add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    z[i] = f_add(_mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44), _mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    w[i] = f_add(_mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0x44), _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xee));
+  return f_add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
+}
 
 // to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
 inline void transpose16(const float* from, int from_stride, float* to, int to_stride) {

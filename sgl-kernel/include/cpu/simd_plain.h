@@ -1,6 +1,8 @@
 // Sixteen lanes in plain C++; the same names in simd_avx2.h and simd_avx512.h. Included once per body, in its namespace.
 
-constexpr int kMaxVectors = 1;  // vectors of lanes that a tile of the products takes side by side
+// A tile of the products takes up to this many vectors of lanes and rows side by side.
+constexpr int kMaxVectors = 1;
+constexpr int kMaxRows = 4;
 
 struct F { float v[16]; };
 struct I { int32_t v[16]; };
@@ -16,6 +18,7 @@ inline F f_mul(F a, F b) { KVTUNER_EACH a.v[i] *= b.v[i]; return a; }
 inline F f_fma(F a, F b, F c) { KVTUNER_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 inline F f_max(F a, F b) { KVTUNER_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 inline F f_abs(F a) { KVTUNER_EACH a.v[i] = a.v[i] < 0 ? -a.v[i] : a.v[i]; return a; }
+inline F f_round(F a) { KVTUNER_EACH a.v[i] = round_even(a.v[i]); return a; }
 inline float f_hmax(F a) { float m = a.v[0]; KVTUNER_EACH m = a.v[i] > m ? a.v[i] : m; return m; }
 inline float f_hsum(F a) { float s = 0; KVTUNER_EACH s += a.v[i]; return s; }
 
@@ -26,8 +29,11 @@ inline I i_sub(I a, I b) { KVTUNER_EACH a.v[i] -= b.v[i]; return a; }
 inline I i_and(I a, I b) { KVTUNER_EACH a.v[i] &= b.v[i]; return a; }
 inline int32_t i_hsum(I a) { int32_t s = 0; KVTUNER_EACH s += a.v[i]; return s; }
 template <int N> inline I i_shl(I a) { KVTUNER_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << N); return a; }
-// Shift right; bits cross from the upper 16-bit word into the lower one, so mask afterwards.
-template <int N> inline I i_shr(I a) { KVTUNER_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] >> N); return a; }
+// Both 16-bit words shifted right.
+template <int N> inline I i_shr16(I a) {
+  KVTUNER_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] >> N & 0x10001u * (0xffffu >> N));
+  return a;
+}
 // acc + the dot product of each lane's two int16 pairs.
 inline I i_dot(I acc, I a, I b) {
   KVTUNER_EACH acc.v[i] += (int16_t)a.v[i] * (int16_t)b.v[i] + (a.v[i] >> 16) * (b.v[i] >> 16);
@@ -37,6 +43,8 @@ inline F to_float(I a) { F r; KVTUNER_EACH r.v[i] = (float)a.v[i]; return r; }
 // Nearest even; |a| below 2^22.
 inline I to_int(F a) { I r; KVTUNER_EACH r.v[i] = (int32_t)round_even(a.v[i]); return r; }
 inline F as_float(I a) { F r; memcpy(r.v, a.v, 64); return r; }
+// a * 2^n for whole n from -126 to 127.
+inline F f_scale2(F a, F n) { return f_mul(a, as_float(i_shl<23>(i_add(to_int(n), i_set(127))))); }
 inline void store_int16(int16_t* p, I a) { KVTUNER_EACH p[i] = (int16_t)a.v[i]; }
 inline F load_int16(const void* p) { int16_t h[16]; memcpy(h, p, 32); F r; KVTUNER_EACH r.v[i] = h[i]; return r; }
 inline F load_bf16(const void* p) {
@@ -57,6 +65,9 @@ inline F load_half(const void* p) {
   }
   return r;
 }
+
+// Lane i of the result is the sum over the lanes of x[i].
+inline F f_hsum_each(const F* x) { F r; KVTUNER_EACH r.v[i] = f_hsum(x[i]); return r; }
 
 // to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
 inline void transpose16(const float* from, int from_stride, float* to, int to_stride) {

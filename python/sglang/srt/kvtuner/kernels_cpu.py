@@ -63,8 +63,8 @@ class CpuKernels:
         i = layer_id - pool.start_layer
         out = torch.empty(q.shape, dtype=q.dtype)
         cache = (
-            k,
-            v,
+            k.to(pool.full_precision_dtype),
+            v.to(pool.full_precision_dtype),
             pool.window.keys[i],
             pool.window.values[i],
             pool.keys[i],

@@ -1,0 +1,150 @@
+// Attention over the full-precision tail of a sequence: residual window and the step's own tokens. Included once per
+// body, after softmax.h.
+
+inline void load_rows(Dtype dtype, const void* from, int64_t count, float* to) {
+  if (dtype == Dtype::f32) {
+    memcpy(to, from, count * 4);
+  } else if (dtype == Dtype::bf16) {
+    for (int64_t i = 0; i < count; i += 16) f_store(to + i, load_bf16((const uint16_t*)from + i));
+  } else {
+    for (int64_t i = 0; i < count; i += 16) f_store(to + i, load_half((const uint16_t*)from + i));
+  }
+}
+
+template <Dtype D>
+inline F load_row(const void* row, int i) {
+  if constexpr (D == Dtype::f32) return f_load((const float*)row + i);
+  if constexpr (D == Dtype::bf16) return load_bf16((const uint16_t*)row + i);
+  return load_half((const uint16_t*)row + i);
+}
+
+inline const void* row_at(const RowSource& s, int64_t row, int64_t head) {
+  return (const char*)s.data + (row * s.row_stride + head * s.head_stride) * (s.dtype == Dtype::f32 ? 4 : 2);
+}
+
+// Rows of the tokens of a tile.
+struct TileRows {
+  const void *key[kTailTokens], *value[kTailTokens];
+  int count;
+
+  TileRows(const AttendCall& c, const WorkItem& item, int64_t begin, int64_t end) : count((int)(end - begin)) {
+    const Sequence& s = c.sequences[item.sequence];
+    for (int t = 0; t < count; ++t) {
+      const int64_t position = begin + t;
+      const bool fresh = position >= s.prior;
+      const int64_t row = fresh ? s.first + position - s.prior : s.slot * c.ring_length + position % c.ring_length;
+      key[t] = row_at(fresh ? c.k_new : c.k_ring, row, item.kv_head);
+      value[t] = row_at(fresh ? c.v_new : c.v_ring, row, item.kv_head);
+    }
+  }
+};
+
+// Above this many rows of queries a tile is turned, so that tokens are lanes; below, that would not pay.
+constexpr int kFewRows = 8;
+
+template <Dtype D>
+inline void scores_of_few(const TileRows& tile, const float* q, int rows, int dim, float* scores) {
+  F part[kFewRows][kLanes];
+  for (int from = 0; from < tile.count; from += kLanes) {
+    for (int t = 0; t < kLanes; ++t) {
+      const void* key = tile.key[from + t < tile.count ? from + t : tile.count - 1];
+      for (int r = 0; r < rows; ++r) {
+        F sum = f_mul(f_load(q + r * dim), load_row<D>(key, 0));
+        for (int i = 16; i < dim; i += 16) sum = f_fma(f_load(q + r * dim + i), load_row<D>(key, i), sum);
+        part[r][t] = sum;
+      }
+    }
+    for (int r = 0; r < rows; ++r) f_store(scores + r * kTailTokens + from, f_hsum_each(part[r]));
+  }
+}
+
+template <Dtype D, int R, int N>
+inline void add_values(const TileRows& tile, const float* p, int from, float* acc, int dim) {
+  F sum[R][N];
+  KVTUNER_UNROLL for (int r = 0; r < R; ++r)
+    KVTUNER_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = f_load(acc + r * dim + from + n * kLanes);
+  for (int t = 0; t < tile.count; ++t) {
+    F v[N];
+    KVTUNER_UNROLL for (int n = 0; n < N; ++n) v[n] = load_row<D>(tile.value[t], from + n * kLanes);
+    KVTUNER_UNROLL for (int r = 0; r < R; ++r) {
+      const F weight = f_set(p[r * kTailTokens + t]);
+      KVTUNER_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = f_fma(weight, v[n], sum[r][n]);
+    }
+  }
+  KVTUNER_UNROLL for (int r = 0; r < R; ++r)
+    KVTUNER_UNROLL for (int n = 0; n < N; ++n) f_store(acc + r * dim + from + n * kLanes, sum[r][n]);
+}
+
+template <Dtype D, int R>
+inline void add_values_of_rows(const TileRows& tile, const float* p, float* acc, int dim) {
+  int i = 0;
+  if constexpr (kMaxVectors >= 4)
+    for (; i + 4 * kLanes <= dim; i += 4 * kLanes) add_values<D, R, 4>(tile, p, i, acc, dim);
+  for (; i < dim; i += kLanes) add_values<D, R, 1>(tile, p, i, acc, dim);
+}
+
+template <Dtype D>
+inline void values_of_few(const TileRows& tile, const float* p, int rows, float* acc, int dim) {
+  int r = 0;
+  for (; r + 3 <= rows; r += 3) add_values_of_rows<D, 3>(tile, p + r * kTailTokens, acc + r * dim, dim);
+  for (; r < rows; ++r) add_values_of_rows<D, 1>(tile, p + r * kTailTokens, acc + r * dim, dim);
+}
+
+// Probabilities of a tile, causal: a query sees the tokens up to its own.
+inline void softmax_tile(const AttendCall& c, const WorkItem& item, State& state, int64_t begin, int count,
+                         float* scores) {
+  const Sequence& seq = c.sequences[item.sequence];
+  for (int r = 0; r < state.rows; ++r) {
+    float* row = scores + r * kTailTokens;
+    const int64_t visible = seq.prior + item.token_begin + r / c.group + 1 - begin;
+    const int limit = visible < count ? (int)visible : count;
+    if (limit <= 0) {
+      memset(row, 0, sizeof(float) * kTailTokens);
+      continue;
+    }
+    for (int t = limit; t < kTailTokens; ++t) row[t] = -1e38f;
+    softmax_row(state, r, row, kTailTokens);
+  }
+}
+
+template <Dtype D>
+inline void attend_few(const AttendCall& c, const WorkItem& item, const float* q, State& state, const TileRows& tile,
+                       int64_t begin, float* scores) {
+  scores_of_few<D>(tile, q, state.rows, c.head_dim, scores);
+  softmax_tile(c, item, state, begin, tile.count, scores);
+  values_of_few<D>(tile, scores, state.rows, state.acc, c.head_dim);
+}
+
+struct TailScratch {
+  float *scores, *rows, *keys, *values;
+};
+
+inline void attend_many(const AttendCall& c, const WorkItem& item, const float* q, State& state, const TileRows& tile,
+                        int64_t begin, TailScratch& s) {
+  const int rows = state.rows, dim = c.head_dim;
+  for (int t = 0; t < tile.count; ++t) {
+    load_rows(c.k_new.dtype, tile.key[t], dim, s.rows + t * dim);
+    load_rows(c.v_new.dtype, tile.value[t], dim, s.values + t * dim);
+  }
+  memset(s.rows + tile.count * dim, 0, sizeof(float) * (kTailTokens - tile.count) * dim);
+  for (int t = 0; t < kTailTokens; t += 16)
+    for (int i = 0; i < dim; i += 16)
+      transpose16(s.rows + t * dim + i, dim, s.keys + i * kTailTokens + t, kTailTokens);
+  cover(rows, kTailTokens / kLanes,
+        FloatTile<32>{(const uint8_t*)s.keys, kTailTokens * 4, dim, q, dim, s.scores, kTailTokens, false, nullptr});
+  softmax_tile(c, item, state, begin, tile.count, s.scores);
+  cover(rows, dim / kLanes,
+        FloatTile<32>{(const uint8_t*)s.values, dim * 4, tile.count, s.scores, kTailTokens, state.acc, dim, true,
+                      nullptr});
+}
+
+inline void attend_tail(const AttendCall& c, const WorkItem& item, const float* q, State& state, TailScratch& s,
+                        int64_t begin, int64_t end) {
+  const TileRows tile(c, item, begin, end);
+  if (state.rows > kFewRows) return attend_many(c, item, q, state, tile, begin, s);
+  switch (c.k_new.dtype) {
+    case Dtype::f32: return attend_few<Dtype::f32>(c, item, q, state, tile, begin, s.scores);
+    case Dtype::bf16: return attend_few<Dtype::bf16>(c, item, q, state, tile, begin, s.scores);
+    case Dtype::f16: return attend_few<Dtype::f16>(c, item, q, state, tile, begin, s.scores);
+  }
+}
