@@ -87,6 +87,28 @@ inline void prepare_reduction_groups(const BlockShape& f, const float* a, int st
   }
 }
 
+// A row times the scales along it, as int16. N: vectors of the row, so that it stays in registers.
+template <int N>
+inline void fold_row(const BlockShape& f, const float* row, const uint8_t* scales, const uint8_t* zeros, Left& to, int at) {
+  F x[N], most = f_set(0.f), extra = f_set(0.f);
+  KVTUNER_UNROLL for (int n = 0; n < N; ++n) {
+    x[n] = f_mul(f_load(row + n * kLanes), load_half(scales + n * 32));
+    most = f_max(most, f_abs(x[n]));
+    if (f.asym) extra = f_fma(x[n], load_int16(zeros + n * 32), extra);
+  }
+  const float largest = f_hmax(most);
+  const F inverse = f_set(inverse_of(largest, f.limit));
+  I sum = i_set(0);
+  KVTUNER_UNROLL for (int n = 0; n < N; ++n) {
+    const I q = to_int(f_mul(x[n], inverse));
+    store_int16(to.element + (int64_t)at * N * kLanes + n * kLanes, q);
+    sum = i_add(sum, q);
+  }
+  to.scale[at] = largest / f.limit;
+  to.sum[at] = i_hsum(sum);
+  if (f.asym) to.extra[at] = f_hsum(extra);
+}
+
 inline void prepare_lane_groups(const BlockShape& f, const uint8_t* block, const float* a, int stride, int rows,
                                 float* folded, Left& to) {
   const int reduction = f.reduction;
@@ -96,14 +118,17 @@ inline void prepare_lane_groups(const BlockShape& f, const uint8_t* block, const
     for (int r = 0; r < rows; ++r) {
       const float* row = a + (int64_t)r * stride;
       const int at = g * rows + r;
-      F extra = f_set(0.f), m = f_set(0.f);
-      for (int i = 0; i < reduction; i += 16) {
+      if (reduction == 4 * kLanes) {
+        fold_row<4>(f, row, scales, zeros, to, at);
+        continue;
+      }
+      F extra = f_set(0.f);
+      for (int i = 0; i < reduction; i += kLanes) {
         const F x = f_mul(f_load(row + i), load_half(scales + i * 2));
         f_store(folded + i, x);
-        m = f_max(m, f_abs(x));
         if (f.asym) extra = f_fma(x, load_int16(zeros + i * 2), extra);
       }
-      const float largest = f_hmax(m);
+      const float largest = largest_of(folded, reduction);
       to.scale[at] = largest / f.limit;
       to.sum[at] = quantize(folded, reduction, inverse_of(largest, f.limit), to.element + (int64_t)at * reduction);
       if (f.asym) to.extra[at] = f_hsum(extra);

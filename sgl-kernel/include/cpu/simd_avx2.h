@@ -18,10 +18,11 @@ inline F f_abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
-inline F f_round(F x) {
-  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  return {_mm256_round_ps(x.a, nearest), _mm256_round_ps(x.b, nearest)};
+inline F f_floor(F x) {
+  constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, down), _mm256_round_ps(x.b, down)};
 }
+inline F f_fraction(F x) { return f_sub(x, f_floor(x)); }
 inline float f_hmax(F x) {
   const __m256 m = _mm256_max_ps(x.a, x.b);
   __m128 n = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
@@ -57,7 +58,7 @@ inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b
 inline I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline F as_float(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 inline F f_scale2(F x, F n) {
-  return f_mul(x, as_float(i_shl<23>(i_add(to_int(n), i_set(127)))));
+  return f_mul(x, as_float(i_shl<23>(i_add(to_int(f_floor(f_max(n, f_set(-126.f)))), i_set(127)))));
 }
 inline void store_int16(int16_t* p, I x) {
   // The pack works in 128-bit halves; the permutation puts them in order.

@@ -15,7 +15,7 @@ inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
-inline F f_round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F f_fraction(F a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 inline F f_scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 inline float f_hmax(F a) { return _mm512_reduce_max_ps(a); }
 inline float f_hsum(F a) { return _mm512_reduce_add_ps(a); }

@@ -1,16 +1,15 @@
 // Online softmax of rows of scores, in units of log 2. Included once per body, after a simd_*.h.
 
-// 2^x for x <= 0, relative error 2e-7; below -126 a value near the smallest float.
+// 2^x for x <= 0, relative error 2e-7; below -126 next to nothing. The polynomial is for the fraction, from 0 to 1.
 inline F f_exp2(F x) {
-  x = f_max(x, f_set(-126.f));
-  const F n = f_round(x), f = f_sub(x, n);
-  F y = f_set(1.327647178e-3f);
-  y = f_fma(y, f, f_set(9.675541333e-3f));
-  y = f_fma(y, f, f_set(5.550713274e-2f));
-  y = f_fma(y, f, f_set(2.402211972e-1f));
-  y = f_fma(y, f, f_set(6.931469671e-1f));
-  y = f_fma(y, f, f_set(1.f));
-  return f_scale2(y, n);
+  const F f = f_fraction(x);
+  F y = f_set(1.877576664e-3f);
+  y = f_fma(y, f, f_set(8.989340117e-3f));
+  y = f_fma(y, f, f_set(5.582631803e-2f));
+  y = f_fma(y, f, f_set(2.401536171e-1f));
+  y = f_fma(y, f, f_set(6.931530732e-1f));
+  y = f_fma(y, f, f_set(9.999999251e-1f));
+  return f_scale2(y, x);
 }
 
 struct State {
