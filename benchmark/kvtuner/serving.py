@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from machine import has_cuda  # noqa: E402
-from serverctl import Server, ServerError, server_environment  # noqa: E402
+from serverctl import HOST, Server, ServerError, server_environment  # noqa: E402
 
 # A page of 64 tokens is completed, and packed, by every sequence of a decode run.
 DECODE_TOKENS = 72
@@ -62,7 +62,7 @@ scenarios, as NAME or NAME:KEY=VALUE,...:
 
 figures:
   decode throughput  tokens per second while all requests of the batch decode: those that arrive after the last request's
-                     first token and until the first request's last token, divided by that time
+                     first token and until the first request's last token, divided by that time; "-" if they never do
   output throughput  upstream's: all generated tokens by the duration of the run, prefill included
   TTFT               upstream's: from sending a request to its first token that yields text
   ITL                upstream's: time between a request's tokens, over all tokens of all requests
@@ -165,7 +165,11 @@ def send(server: Server, options: argparse.Namespace, load: Scenario, flush: boo
     with open(log, "w", encoding="utf-8") as file:
         try:
             done = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=server_environment(), timeout=options.timeout
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=server_environment(extra={"no_proxy": HOST}),
+                timeout=options.timeout,
             )
         except subprocess.TimeoutExpired:
             raise server.error(f"{load.describe()}: no end within {options.timeout} s") from None
@@ -182,10 +186,11 @@ def run_scenario(server: Server, options: argparse.Namespace, scenario: Scenario
     before = Scenario("warm-up", scenario.cached or scenario.prompt, 0, scenario.batch, WARM_UP_TOKENS)
     # Only a prompt's last token is never taken from the cache: where that is all, earlier prompts may stay and save time.
     flush = scenario.cached + 1 < scenario.prompt
-    filled = send(server, options, before, flush, log.with_name(f"{log.name}-warm-up.log"))
-    result = send(server, options, scenario, scenario.cached == 0, log.with_name(f"{log.name}-run.log"))
-    reason = failure(filled, before) or failure(result, scenario) or cache_mismatch(result, scenario, page_size)
-    if reason:
+    for load, empties, name in [(before, flush, "warm-up"), (scenario, scenario.cached == 0, "run")]:
+        result = send(server, options, load, empties, log.with_name(f"{log.name}-{name}.log"))
+        if reason := failure(result, load):
+            raise server.error(f"{scenario.describe()}: {name}: {reason}")
+    if reason := cache_mismatch(result, scenario, page_size):
         raise server.error(f"{scenario.describe()}: {reason}")
     return figures_of(result)
 
