@@ -144,7 +144,7 @@ def module():
             header_only=False,
         )
     except Exception as e:
-        # Only now, since a build that is there already needs no tools.
+        # Asked only now: a build that is there needs no ninja, and its compiler only for the version in its key.
         missing = [tool for tool in ("ninja", os.environ.get("CXX", "c++")) if shutil.which(tool) is None]
         reason = f"{' and '.join(missing)} not found on PATH" if missing else e
         raise KernelsUnavailable(f"the CPU kernels cannot be built: {reason}") from e
