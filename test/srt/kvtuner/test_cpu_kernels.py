@@ -192,20 +192,6 @@ def test_formats_that_do_not_fill_vectors_get_the_reference(caplog):
     assert "torch reference" in caplog.text
 
 
-def test_without_a_compiler_the_reference_is_named(monkeypatch, caplog):
-    def fail(*args, **kwargs):
-        raise RuntimeError("g++: not found")
-
-    monkeypatch.setattr("sglang.kernels.jit.utils.load_jit", fail)
-    kernels_cpu.module.cache_clear()
-    try:
-        fmt = tensor_format(4, False, 0, 64, 64, 64, True)
-        assert dispatch.choose_kernels("cpu", (LayerFormat(fmt, fmt),)) is None
-        assert "torch reference" in caplog.text and "g++: not found" in caplog.text
-    finally:
-        kernels_cpu.module.cache_clear()
-
-
 def test_the_environment_can_ask_for_the_reference(monkeypatch):
     fmt = tensor_format(4, False, 0, 64, 64, 64, True)
     monkeypatch.setenv("SGLANG_KVTUNER_KERNELS", "reference")

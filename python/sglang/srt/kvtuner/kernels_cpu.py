@@ -7,6 +7,7 @@ every x86-64 machine: which body runs is chosen at run time (``SGLANG_KVTUNER_CP
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from functools import cache
@@ -123,28 +124,30 @@ def pack_bfloat16_pages(x: torch.Tensor, token_lanes: bool) -> torch.Tensor:
 def module():
     """The compiled kernels. Builds them, or finds an earlier build in upstream's cache.
 
-    Raises KernelsUnavailable, with what the compiler said, when they cannot be built or loaded.
+    Raises KernelsUnavailable, with the missing tool or what the compiler said, when they cannot be built or loaded, and
+    ValueError when SGLANG_KVTUNER_CPU_ISA asks for what the machine lacks.
     """
     # Not wrapped by register_custom_op: upstream registers such ops for CUDA alone, and nothing traces this backend.
     from sglang.kernels.jit.utils import load_jit
 
-    if shutil.which("ninja") is None:
-        raise KernelsUnavailable("ninja is not on PATH")
-    logger.info("Preparing the CPU kernels of the quantized KV cache (the first start compiles them)")
+    logger.info("Preparing the CPU kernels of the quantized KV cache (the first start compiles them, about 20 s)")
     start = time.perf_counter()
     try:
+        # Of several processes that find no build, one builds while the others wait for it.
         loaded = load_jit(
             "kvtuner_cpu",
             cpp_files=[f"kvtuner/cpu/{name}.cpp" for name in _SOURCES],
+            # No -march: upstream's cache key does not know the processor, and a cache may be shared by several.
             # Contracted multiply-adds would round differently from the reference quantizer.
             extra_cflags=["-fopenmp", "-ffp-contract=off"],
             extra_ldflags=["-fopenmp"],
             header_only=False,
         )
-        loaded.body_name()  # refuses a forced instruction set that the machine lacks
-    except ValueError:
-        raise
     except Exception as e:
-        raise KernelsUnavailable(f"the kernels cannot be built: {e}") from e
+        # Asked only now: a build that is there needs no ninja, and its compiler only for the version in its key.
+        missing = [tool for tool in ("ninja", os.environ.get("CXX", "c++")) if shutil.which(tool) is None]
+        reason = f"{' and '.join(missing)} not found on PATH" if missing else e
+        raise KernelsUnavailable(f"the CPU kernels cannot be built: {reason}") from e
+    loaded.body_name()  # refuses a forced instruction set that the machine lacks
     logger.info("CPU kernels of the quantized KV cache are ready (%.1f s)", time.perf_counter() - start)
     return loaded
