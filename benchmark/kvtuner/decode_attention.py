@@ -25,6 +25,7 @@ from sglang.srt.kvtuner.backend import attend
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.huge_pages import advise_huge_pages
 from sglang.srt.kvtuner.page_codec import decode_pages
+from sglang.srt.kvtuner.quantizer import STORED_BITS, UNQUANTIZED_BITS
 
 PAGE = 64
 BUFFER_BYTES = 96 << 20  # more than the last-level caches of the machines that this runs on
@@ -75,19 +76,14 @@ class Shape:
 
 
 class Packed:
-    """The kernels over pages of a format; ``None`` is bfloat16."""
+    """The kernels over pages of a format."""
 
-    def __init__(self, shape: Shape, layer: LayerFormat | None, label: str) -> None:
+    def __init__(self, shape: Shape, layer: LayerFormat, label: str) -> None:
         self.shape, self.label = shape, label
         x = torch.randn(2, DISTINCT_PAGES, PAGE, shape.head_dim)
-        if layer is None:
-            blocks = [kernels_cpu.pack_bfloat16_pages(x[i], token_lanes=i == 0) for i in range(2)]
-            self.values = x.bfloat16().float()
-            self.formats = torch.tensor([[kernels_cpu.BFLOAT16_BITS, 0, 0, shape.head_dim]] * 2)
-        else:
-            blocks = [kernels_cpu.pack_pages(x[i], fmt) for i, fmt in enumerate((layer.key, layer.value))]
-            self.values = torch.stack([decode_pages(b, f) for b, f in zip(blocks, (layer.key, layer.value))])
-            self.formats = kernels_cpu.format_numbers(layer)
+        blocks = [kernels_cpu.pack_pages(x[i], fmt) for i, fmt in enumerate((layer.key, layer.value))]
+        self.values = torch.stack([decode_pages(b, f) for b, f in zip(blocks, (layer.key, layer.value))])
+        self.formats = kernels_cpu.format_numbers(layer)
         which = torch.randint(DISTINCT_PAGES, (2, shape.num_pages, shape.kv_heads))
         self.which = which
         first = [blocks[i][which[i]] for i in range(2)]
@@ -172,6 +168,8 @@ def _timed(function) -> float:
 
 def layer_format(options: argparse.Namespace, bits_key: int, bits_value: int) -> LayerFormat:
     def fmt(bits: int, axis: int, token_lanes: bool) -> TensorFormat:
+        if bits == UNQUANTIZED_BITS:
+            return TensorFormat.unquantized(PAGE, options.head_dim, token_lanes)
         group = options.group_size if axis == 1 or options.group_size != -1 else options.head_dim
         return TensorFormat(bits, options.asym, axis, group, PAGE, options.head_dim, token_lanes)
 
@@ -180,7 +178,7 @@ def layer_format(options: argparse.Namespace, bits_key: int, bits_value: int) ->
 
 def measure(options: argparse.Namespace, context: int, batch: int) -> list[Result]:
     shape = Shape(options, context, batch)
-    variants: list = [Packed(shape, None, "bfloat16")]
+    variants: list = [Packed(shape, layer_format(options, 16, 16), "bfloat16")]
     for key, value in options.bits:
         variants.append(Packed(shape, layer_format(options, key, value), f"K{key}V{value}"))
     if options.upstream:
@@ -218,8 +216,8 @@ def measure(options: argparse.Namespace, context: int, batch: int) -> list[Resul
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="the device whose kernels to time (cpu)")
-    parser.add_argument("--bits-key", type=int, nargs="+", default=[4, 8, 2], choices=(2, 4, 8), metavar="BITS")
-    parser.add_argument("--bits-value", type=int, nargs="+", choices=(2, 4, 8), metavar="BITS", help="as many; default: the keys'")
+    parser.add_argument("--bits-key", type=int, nargs="+", default=[4, 8, 2], choices=STORED_BITS, metavar="BITS")
+    parser.add_argument("--bits-value", type=int, nargs="+", choices=STORED_BITS, metavar="BITS", help="as many; default: the keys'")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--gqa", type=int, default=3, help="query heads of a KV head")
     parser.add_argument("--kv-heads", type=int, default=3)

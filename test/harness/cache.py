@@ -15,7 +15,7 @@ def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16):
     formats = [
         LayerFormat(tensor(8, 0, head_dim, False), tensor(4, 1, 16, False)),
         LayerFormat(tensor(4, 1, page_size, True), tensor(2, 0, 8, True)),
-        LayerFormat(tensor(2, 0, 4, False), tensor(8, 0, 8, False)),
+        LayerFormat(tensor(2, 0, 4, False), TensorFormat.unquantized(page_size, head_dim)),
     ]
     chosen = tuple(formats[i % len(formats)] for i in range(layers))
     return CachePlan(layers=chosen, page_size=page_size, residual_length=residual)

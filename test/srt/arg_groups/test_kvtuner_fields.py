@@ -51,6 +51,7 @@ def test_defaults():
     [
         ("--enable-kvtuner-quant", {"enable_kvtuner_quant": True}),
         ("--kvtuner-nbits-key 8 --kvtuner-nbits-value 2", {"kvtuner_nbits_key": 8, "kvtuner_nbits_value": 2}),
+        ("--kvtuner-nbits-key 16 --kvtuner-nbits-value 16", {"kvtuner_nbits_key": 16, "kvtuner_nbits_value": 16}),
         ("--kvtuner-axis-key 1", {"kvtuner_axis_key": 1}),
         ("--kvtuner-axis-value=1", {"kvtuner_axis_value": 1}),
         ("--kvtuner-q-group-size 32", {"kvtuner_q_group_size": 32}),
@@ -74,8 +75,8 @@ def test_command_line(argv, expected):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--kvtuner-nbits-key 3", "--kvtuner-nbits-key: invalid choice: 3 (choose from 2, 4, 8)"),
-        ("--kvtuner-nbits-value 16", "--kvtuner-nbits-value: invalid choice: 16"),
+        ("--kvtuner-nbits-key 3", "--kvtuner-nbits-key: invalid choice: 3 (choose from 2, 4, 8, 16)"),
+        ("--kvtuner-nbits-value 32", "--kvtuner-nbits-value: invalid choice: 32"),
         ("--kvtuner-axis-key 2", "--kvtuner-axis-key: invalid choice: 2 (choose from 0, 1)"),
         ("--kvtuner-axis-value -1", "--kvtuner-axis-value: invalid choice: -1"),
         ("--kvtuner-asym yes", "--kvtuner-asym: 'yes' is neither true nor false"),

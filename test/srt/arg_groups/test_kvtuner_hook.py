@@ -70,7 +70,7 @@ def test_page_sizes_that_are_refused(model, page_size):
     [
         ("kvtuner_nbits_key", 3),
         ("kvtuner_nbits_key", "4"),
-        ("kvtuner_nbits_value", 16),
+        ("kvtuner_nbits_value", 32),
         ("kvtuner_nbits_value", None),
         ("kvtuner_axis_key", 2),
         ("kvtuner_axis_value", -1),
@@ -107,6 +107,7 @@ def test_axis_1_with_a_group_that_the_page_does_not_hold(model, which):
         {"kvtuner_q_group_size": -1},
         {"kvtuner_q_group_size": 16, "kvtuner_axis_key": 1, "page_size": 16},
         {"kvtuner_nbits_key": 8, "kvtuner_nbits_value": 2, "kvtuner_asym": True, "kvtuner_axis_value": 1},
+        {"kvtuner_nbits_key": 16, "kvtuner_nbits_value": 4},
         {"kvtuner_residual_length": 0},
         {"kvtuner_residual_length": 1_000_000},
         {"tp_size": 2},

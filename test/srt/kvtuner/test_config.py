@@ -26,9 +26,9 @@ def refused(field, value, **others):
 
 
 @pytest.mark.parametrize("field", ("nbits_key", "nbits_value"))
-@pytest.mark.parametrize("value", (0, 1, 3, 5, 6, 7, 16, -4, None, "4", 4.0, True))
-def test_bits_other_than_2_4_8(field, value):
-    assert "valid are 2, 4, 8" in refused(field, value)
+@pytest.mark.parametrize("value", (0, 1, 3, 5, 6, 7, 15, 32, -4, None, "4", 4.0, True))
+def test_bits_other_than_2_4_8_16(field, value):
+    assert "valid are 2, 4, 8, 16" in refused(field, value)
 
 
 @pytest.mark.parametrize("field", ("axis_key", "axis_value"))
@@ -68,6 +68,7 @@ def test_group_of_minus_one_needs_axis_0(axis):
     [
         {},
         {"nbits_key": 8, "nbits_value": 2, "asym": True},
+        {"nbits_key": 16, "nbits_value": 4},
         {"axis_key": 1, "axis_value": 1, "group_size": 32},
         {"group_size": -1, "residual_length": 0},
         {"residual_length": 100_000},

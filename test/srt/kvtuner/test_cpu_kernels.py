@@ -32,16 +32,19 @@ def isa(request):
 
 
 def tensor_format(nbits, asym, axis, group, page, head_dim, token_lanes):
+    if nbits == 16:
+        return TensorFormat.unquantized(page, head_dim, token_lanes)
     return TensorFormat(
         nbits=nbits, asym=asym, axis=axis, group_size=group, page_size=page, head_dim=head_dim, token_lanes=token_lanes
     )
 
 
 def random_format(rng, page, head_dim, token_lanes, asym=None):
+    nbits = rng.choice((2, 4, 8, 16))
     axis = rng.choice((0, 1))
     divisors = [g for g in (16, 32, 48, 64, 80, 96, 128, 256) if (head_dim if axis == 0 else page) % g == 0]
     asym = rng.random() < 0.5 if asym is None else asym
-    return tensor_format(rng.choice((2, 4, 8)), asym, axis, rng.choice(divisors), page, head_dim, token_lanes)
+    return tensor_format(nbits, asym, axis, rng.choice(divisors), page, head_dim, token_lanes)
 
 
 @pytest.mark.parametrize("token_lanes", [True, False], ids=["keys", "values"])
@@ -58,6 +61,16 @@ def test_packed_bytes_equal_the_reference(isa, nbits, asym, axis, token_lanes):
                 pages = x.to(dtype)
                 if pages.isfinite().all():
                     assert torch.equal(kernels_cpu.pack_pages(pages, fmt), encode_pages(pages, fmt)), (fmt, size, shift)
+
+
+@pytest.mark.parametrize("token_lanes", [True, False], ids=["keys", "values"])
+def test_unquantized_bytes_equal_the_reference(isa, token_lanes):
+    torch.manual_seed(0)
+    for page, head_dim in [(64, 64), (32, 96), (16, 80), (128, 256)]:
+        fmt = TensorFormat.unquantized(page, head_dim, token_lanes)
+        x = torch.randn(3, page, head_dim) * torch.logspace(-42, 38, head_dim)  # from subnormal to nearly infinite
+        for pages in (x, x.bfloat16(), torch.randn(3, page, head_dim).half()):
+            assert torch.equal(kernels_cpu.pack_pages(pages, fmt), encode_pages(pages, fmt)), fmt
 
 
 class Case:
@@ -140,9 +153,12 @@ def test_attention_and_stored_step(isa, shape, group):
         assert error <= TOLERANCE, (key, value, error)
 
 
+BITS = [(2, 2), (4, 4), (8, 8), (8, 4), (4, 2), (2, 8), (16, 4), (2, 16), (16, 16)]
+
+
 @pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize("axes", [(0, 0), (0, 1), (1, 0), (1, 1)])
-@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (8, 4), (4, 2), (2, 8)], ids=lambda b: f"K{b[0]}V{b[1]}")
+@pytest.mark.parametrize("bits", BITS, ids=lambda b: f"K{b[0]}V{b[1]}")
 def test_formats(isa, bits, axes, asym):
     torch.manual_seed(0)
     for group, page in [(64, 64), (16, 32)]:

@@ -47,6 +47,26 @@ def test_a_preset_overrides_the_bits_only(tmp_path):
     assert "K2V8/K4V4/K8V4" in plan.describe()
 
 
+def test_layers_that_are_left_alone(tmp_path):
+    plan = plan_of(preset=write_preset(tmp_path, (16, 4), (4, 16), (16, 16)), asym=True, axis_key=1, group_size=32)
+    assert [(layer.key.quantized, layer.value.quantized) for layer in plan.layers] == [
+        (False, True), (True, False), (False, False)
+    ]  # fmt: skip
+    assert plan.nominal_bits() == (12, 12) and plan.stored_bits() == ((16 + 5 + 16) / 3, (5 + 16 + 16) / 3)
+    assert "K16V16/K16V4/K4V16, asymmetric, K per channel g32, V per token g32" in plan.describe()
+    assert plan_of(nbits_key=16).describe().startswith("3 layers K16V4, symmetric, K bfloat16, V per token g64, ")
+    assert plan_of(nbits_key=16, nbits_value=16).describe().startswith("3 layers K16V16, K bfloat16, V bfloat16, page")
+
+
+def test_settings_of_the_quantizer_mean_nothing_to_bfloat16_pages():
+    bfloat16 = plan_of(nbits_key=16, nbits_value=16)
+    # Not even that a group must divide the head.
+    other = plan_of(nbits_key=16, nbits_value=16, asym=True, axis_key=1, axis_value=1, group_size=48)
+    assert other.digest() == bfloat16.digest() and bfloat16.stored_bits() == (16, 16)
+    with pytest.raises(KVTunerConfigError, match="--kvtuner-q-group-size is 48 with --kvtuner-axis-value 0"):
+        plan_of(nbits_key=16, group_size=48)
+
+
 @pytest.mark.parametrize("count", (2, 4))
 def test_a_preset_with_fewer_or_more_layers_than_the_model(tmp_path, count):
     preset = write_preset(tmp_path, *[(4, 4)] * count)

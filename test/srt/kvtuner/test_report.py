@@ -27,6 +27,7 @@ def make_pool(dtype=torch.bfloat16, **settings):
         ({}, 4.25, 4.25),
         ({"asym": True}, 4.5, 4.5),
         ({"nbits_key": 8, "nbits_value": 2, "group_size": 32}, 8.5, 2.5),
+        ({"nbits_key": 16}, 16, 4.25),
         ({"nbits_key": 8, "axis_key": 1, "group_size": 64, "asym": True}, 8.5, 4.5),
     ],
 )

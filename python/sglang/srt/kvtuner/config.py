@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from sglang.srt.kvtuner.quantizer import PER_CHANNEL, SUPPORTED_BITS
+from sglang.srt.kvtuner.quantizer import PER_CHANNEL, STORED_BITS
 
 FLAG_OF_FIELD = {
     "kvtuner_nbits_key": "--kvtuner-nbits-key",
@@ -27,9 +27,9 @@ class KVTunerConfigError(ValueError):
 class KVTunerConfig:
     """What the flags say, independent of the model.
 
-    nbits_key, nbits_value: 2, 4 or 8; per-layer presets override them. asym: store zero points. axis_key, axis_value:
-    0 per token, 1 per channel. group_size: elements that share a scale, -1 for the whole head_dim. residual_length:
-    newest tokens kept in full precision. preset: path of a per-layer YAML preset, or None.
+    nbits_key, nbits_value: 2, 4, 8, or 16 for bfloat16; per-layer presets override them. asym: store zero points.
+    axis_key, axis_value: 0 per token, 1 per channel. group_size: elements that share a scale, -1 for the whole
+    head_dim. residual_length: newest tokens kept in full precision. preset: path of a per-layer YAML preset, or None.
     """
 
     nbits_key: int = 4
@@ -42,8 +42,8 @@ class KVTunerConfig:
     preset: Optional[str] = None
 
     def __post_init__(self) -> None:
-        _check_choice("--kvtuner-nbits-key", self.nbits_key, SUPPORTED_BITS)
-        _check_choice("--kvtuner-nbits-value", self.nbits_value, SUPPORTED_BITS)
+        _check_choice("--kvtuner-nbits-key", self.nbits_key, STORED_BITS)
+        _check_choice("--kvtuner-nbits-value", self.nbits_value, STORED_BITS)
         _check_choice("--kvtuner-axis-key", self.axis_key, (0, 1))
         _check_choice("--kvtuner-axis-value", self.axis_value, (0, 1))
         _check_choice("--kvtuner-asym", self.asym, (True, False))

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SOURCES = ["kernels", "body_avx512", "body_avx2", "body_plain"]
-BFLOAT16_BITS = 16
 
 
 class KernelsUnavailable(RuntimeError):
@@ -104,17 +103,6 @@ def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     module().pack_pages(
         x.contiguous(), blocks, fmt.nbits, int(fmt.asym), fmt.axis, fmt.group_size, int(fmt.token_lanes)
     )
-    return blocks
-
-
-def pack_bfloat16_pages(x: torch.Tensor, token_lanes: bool) -> torch.Tensor:
-    """Unquantized pages in the kernels' order: x [pages, page_size, head_dim] to uint8 [pages, bytes].
-
-    Keys need ``token_lanes``. Attention takes them as 16 bits, symmetric, axis 0, with a group of head_dim.
-    """
-    pages, page_size, head_dim = x.shape
-    blocks = torch.empty(pages, page_size * head_dim * 2, dtype=torch.uint8)
-    module().pack_pages(x.contiguous(), blocks, BFLOAT16_BITS, 0, 0, head_dim, int(token_lanes))
     return blocks
 
 

@@ -10,7 +10,7 @@ from sglang.srt.kvtuner.config import KVTunerConfig, KVTunerConfigError
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.packing import codes_per_byte
 from sglang.srt.kvtuner.preset import LayerBits, load_preset
-from sglang.srt.kvtuner.quantizer import PER_TOKEN
+from sglang.srt.kvtuner.quantizer import PER_TOKEN, UNQUANTIZED_BITS
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,18 @@ class CachePlan:
     def describe(self) -> str:
         """One line for the log."""
         kinds = sorted({f"K{layer.key.nbits}V{layer.value.nbits}" for layer in self.layers})
-        first = self.layers[0]
-        axes = {0: "per token", 1: "per channel"}
-        return (
-            f"{len(self.layers)} layers {'/'.join(kinds)}, {'asymmetric' if first.key.asym else 'symmetric'}, "
-            f"K {axes[first.key.axis]} g{first.key.group_size}, V {axes[first.value.axis]} g{first.value.group_size}, "
-            f"page {self.page_size}, residual {self.residual_length}"
+        keys, values = [layer.key for layer in self.layers], [layer.value for layer in self.layers]
+        quantized = [fmt for fmt in (*keys, *values) if fmt.quantized]
+        symmetry = [("asymmetric" if quantized[0].asym else "symmetric")] if quantized else []
+        return ", ".join(
+            [
+                f"{len(self.layers)} layers {'/'.join(kinds)}",
+                *symmetry,
+                f"K {_describe_groups(keys)}",
+                f"V {_describe_groups(values)}",
+                f"page {self.page_size}",
+                f"residual {self.residual_length}",
+            ]
         )
 
 
@@ -73,19 +79,16 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
     Raises KVTunerConfigError, naming the flag, where the model and the flags do not fit.
     """
     bits = _layer_bits(config, num_layers)
-    key_group = _group_size(config, "key", config.axis_key, head_dim, page_size)
-    value_group = _group_size(config, "value", config.axis_value, head_dim, page_size)
-    for flag, widths in (
-        ("--kvtuner-nbits-key", {b.key for b in bits}),
-        ("--kvtuner-nbits-value", {b.value for b in bits}),
-    ):
-        for nbits in widths:
-            if head_dim % codes_per_byte(nbits):
-                raise KVTunerConfigError(
-                    f"{flag} is {nbits}: the model's head_dim {head_dim} does not fill whole bytes at that width"
-                )
 
-    def tensor(nbits: int, axis: int, group: int, token_lanes: bool) -> TensorFormat:
+    def tensor(which: str, nbits: int, axis: int, token_lanes: bool) -> TensorFormat:
+        if nbits == UNQUANTIZED_BITS:
+            return TensorFormat.unquantized(page_size, head_dim, token_lanes)
+        group = _group_size(config, which, axis, head_dim, page_size)
+        if head_dim % codes_per_byte(nbits):
+            raise KVTunerConfigError(
+                f"--kvtuner-nbits-{which} is {nbits}: the model's head_dim {head_dim} does not fill whole bytes at "
+                "that width"
+            )
         return TensorFormat(
             nbits=nbits,
             asym=config.asym,
@@ -98,12 +101,20 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
 
     layers = tuple(
         LayerFormat(
-            key=tensor(b.key, config.axis_key, key_group, True),
-            value=tensor(b.value, config.axis_value, value_group, False),
+            key=tensor("key", b.key, config.axis_key, True),
+            value=tensor("value", b.value, config.axis_value, False),
         )
         for b in bits
     )
     return CachePlan(layers=layers, page_size=page_size, residual_length=config.residual_length)
+
+
+def _describe_groups(formats: list[TensorFormat]) -> str:
+    """How the layers that quantize do it: presets change bits alone."""
+    quantized = [fmt for fmt in formats if fmt.quantized]
+    if not quantized:
+        return "bfloat16"
+    return f"{'per token' if quantized[0].axis == PER_TOKEN else 'per channel'} g{quantized[0].group_size}"
 
 
 def _layer_bits(config: KVTunerConfig, num_layers: int) -> tuple[LayerBits, ...]:

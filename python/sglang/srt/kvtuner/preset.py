@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import yaml
 
 from sglang.srt.kvtuner.config import KVTunerConfigError
-from sglang.srt.kvtuner.quantizer import SUPPORTED_BITS
+from sglang.srt.kvtuner.quantizer import STORED_BITS
 
 _KEYS = ("nbits_key", "nbits_value")
 
@@ -37,7 +37,7 @@ def load_preset(path: str) -> tuple[LayerBits, ...]:
     """Read a preset; entry i is layer i.
 
     Raises PresetError, naming file and line, for an unreadable file, malformed YAML, unknown or missing keys, bits
-    other than 2, 4, 8, repeated or missing layers, and heads of a layer that disagree.
+    other than 2, 4, 8, 16, repeated or missing layers, and heads of a layer that disagree.
     """
     return _PresetReader(path).read()
 
@@ -87,8 +87,8 @@ class _PresetReader:
             if heads[head] != first:
                 self._fail(
                     key_node,
-                    f"heads of layer {index} differ: head {head} has K{heads[head].key}V{heads[head].value}, others "
-                    f"K{first.key}V{first.value}; the packed cache has one precision per layer",
+                    f"heads of layer {index} differ: head {head} has {heads[head]}, others {first}; the packed cache has "
+                    "one precision per layer",
                 )
         return first
 
@@ -102,10 +102,10 @@ class _PresetReader:
                 self._fail(key_node, f"{what} has the unknown key {key!r}; valid are {', '.join(_KEYS)}")
             if key in found:
                 self._fail(key_node, f"{what} gives {key} twice")
-            if not self._is_integer(value_node) or int(value_node.value) not in SUPPORTED_BITS:
+            if not self._is_integer(value_node) or int(value_node.value) not in STORED_BITS:
                 given = getattr(value_node, "value", None)
                 self._fail(
-                    value_node, f"{key} of {what} is {given!r}; valid are {', '.join(map(str, SUPPORTED_BITS))}"
+                    value_node, f"{key} of {what} is {given!r}; valid are {', '.join(map(str, STORED_BITS))}"
                 )
             found[key] = int(value_node.value)
         for key in _KEYS:

@@ -29,11 +29,11 @@ class KVTuner(msgspec.Struct):
     ] = False
     kvtuner_nbits_key: A[
         int,
-        Arg(help="Bits of a cached key element.", choices=[2, 4, 8]),
+        Arg(help="Bits of a cached key element; 16 stores bfloat16.", choices=[2, 4, 8, 16]),
     ] = 4
     kvtuner_nbits_value: A[
         int,
-        Arg(help="Bits of a cached value element.", choices=[2, 4, 8]),
+        Arg(help="Bits of a cached value element; 16 stores bfloat16.", choices=[2, 4, 8, 16]),
     ] = 4
     kvtuner_asym: A[
         bool,
