@@ -23,6 +23,7 @@ import torch
 from sglang.srt.kvtuner import kernels_cpu
 from sglang.srt.kvtuner.backend import attend
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.hadamard import block_size
 from sglang.srt.kvtuner.huge_pages import advise_huge_pages
 from sglang.srt.kvtuner.page_codec import decode_pages
 from sglang.srt.kvtuner.quantizer import STORED_BITS, UNQUANTIZED_BITS
@@ -171,7 +172,8 @@ def layer_format(options: argparse.Namespace, bits_key: int, bits_value: int) ->
         if bits == UNQUANTIZED_BITS:
             return TensorFormat.unquantized(PAGE, options.head_dim, token_lanes)
         group = options.group_size if axis == 1 or options.group_size != -1 else options.head_dim
-        return TensorFormat(bits, options.asym, axis, group, PAGE, options.head_dim, token_lanes)
+        hadamard = block_size(options.head_dim) if options.hadamard_key and token_lanes else 0
+        return TensorFormat(bits, options.asym, axis, group, PAGE, options.head_dim, token_lanes, hadamard)
 
     return LayerFormat(fmt(bits_key, options.axis_key, True), fmt(bits_value, options.axis_value, False))
 
@@ -224,6 +226,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, nargs="+", default=[8192])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--hadamard-key", action="store_true", help="rotated keys, but for the 16-bit ones")
     parser.add_argument("--axis-key", type=int, default=0, choices=(0, 1))
     parser.add_argument("--axis-value", type=int, default=0, choices=(0, 1))
     parser.add_argument("--group-size", type=int, default=64)

@@ -78,6 +78,8 @@ void check_format(const BlockFormat& f) {
   KVTUNER_CHECK(f.tiled() && f.reduction() % 16 == 0 && f.vector_groups(),
                 "page " << f.page << ", head_dim " << f.head_dim << ", group " << f.group << " at " << f.bits
                         << " bits do not fill vectors");
+  KVTUNER_CHECK(f.hadamard == 0 || ((f.hadamard & (f.hadamard - 1)) == 0 && f.head_dim % f.hadamard == 0),
+                "rotation blocks of " << f.hadamard << " do not divide head_dim " << f.head_dim);
 }
 
 struct Cache {
@@ -91,7 +93,7 @@ struct Cache {
   int kv_heads, head_dim;
 };
 
-// formats: int64 [2, 4], bits, asym, axis and group of keys and of values.
+// formats: int64 [2, 5], bits, asym, axis, group and rotation block of keys and of values.
 Cache read_cache(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_ring, TensorView k_pages,
                  TensorView v_pages, TensorView sequences, TensorView pages, TensorView formats, int64_t page) {
   Cache c{};
@@ -103,9 +105,11 @@ Cache read_cache(TensorView k_new, TensorView v_new, TensorView k_ring, TensorVi
                 "rings must be contiguous");
   const int64_t* f = (const int64_t*)formats.data_ptr();
   const int dim = c.head_dim;
-  c.key = {(int)f[0], (int)f[1], (int)f[2], (int)f[3], (int)page, dim, 1};
-  c.value = {(int)f[4], (int)f[5], (int)f[6], (int)f[7], (int)page, dim, 0};
+  KVTUNER_CHECK(formats.ndim() == 2 && formats.size(0) == 2 && formats.size(1) == 5, "formats are [2, 5]");
+  c.key = {(int)f[0], (int)f[1], (int)f[2], (int)f[3], (int)page, dim, 1, (int)f[4]};
+  c.value = {(int)f[5], (int)f[6], (int)f[7], (int)f[8], (int)page, dim, 0, (int)f[9]};
   check_format(c.key), check_format(c.value);
+  KVTUNER_CHECK(c.value.hadamard == 0, "only keys are rotated");
   KVTUNER_CHECK(k_pages.size(1) == c.kv_heads && k_pages.size(2) == c.key.block_bytes(), "key pages have another format");
   KVTUNER_CHECK(v_pages.size(1) == c.kv_heads && v_pages.size(2) == c.value.block_bytes(),
                 "value pages have another format");
@@ -138,7 +142,7 @@ void merge(const AttendCall& c, const WorkItem* items, int count) {
 // Bytes that a body's scratch takes at most (attend_body.h), generously.
 int64_t scratch_bytes(const AttendCall& c) {
   const int64_t rows = row_limit(c.group), widest = std::max(c.head_dim, std::max(c.key.page, kTailTokens));
-  return (rows * widest * 24 + 3 * kTailTokens * c.head_dim * 4 + rows * widest * 4) + 64 * 64;
+  return (rows * widest * 28 + 3 * kTailTokens * c.head_dim * 4 + rows * widest * 4) + 64 * 64;
 }
 
 void attend(TensorView q, TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_ring, TensorView k_pages,
@@ -255,8 +259,9 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
 
 // x: [pages, page, head_dim] to blocks uint8 [pages, block_bytes]. bits 16 packs bfloat16.
 void pack_pages(TensorView x, TensorView blocks, int64_t bits, int64_t asym, int64_t axis, int64_t group,
-                int64_t token_lanes) {
-  const BlockFormat f{(int)bits, (int)asym, (int)axis, (int)group, (int)x.size(1), (int)x.size(2), (int)token_lanes};
+                int64_t token_lanes, int64_t hadamard) {
+  const BlockFormat f{(int)bits,       (int)asym,      (int)axis,        (int)group,
+                      (int)x.size(1), (int)x.size(2), (int)token_lanes, (int)hadamard};
   check_format(f);
   KVTUNER_CHECK(blocks.size(1) == f.block_bytes() && blocks.size(0) == x.size(0), "blocks have another format");
   KVTUNER_CHECK(x.stride(2) == 1 && x.stride(1) == f.head_dim, "pages must be contiguous");

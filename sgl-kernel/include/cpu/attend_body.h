@@ -60,7 +60,7 @@ inline void softmax_row(State& st, int r, float* s, int count) {
 }
 
 struct Scratch {
-  float *q, *scores, *key_rows, *key_tile, *value_tile;
+  float *q, *page_q, *scores, *key_rows, *key_tile, *value_tile;
   Rows16 q16;
   FoldScratch fold;
   State state;
@@ -71,6 +71,7 @@ struct Scratch {
     const int groups = c.key.groups() > c.value.groups() ? c.key.groups() : c.value.groups();
     const int tokens = c.key.page > kTailTokens ? c.key.page : kTailTokens;
     q = carve.take<float>(rows * dim);
+    page_q = c.key.hadamard ? carve.take<float>(rows * dim) : q;
     scores = carve.take<float>(rows * tokens);
     key_rows = carve.take<float>(kTailTokens * dim);
     key_tile = carve.take<float>(kTailTokens * dim);
@@ -161,8 +162,12 @@ void attend(const AttendCall& c, const WorkItem& item, void* memory) {
     s.state.sum[r] = 0.f;
   }
   memset(s.state.acc, 0, sizeof(float) * rows * dim);
+  if (c.key.hadamard) {  // for packed keys alone: the tail is not rotated
+    memcpy(s.page_q, s.q, sizeof(float) * rows * dim);
+    for (int r = 0; r < rows; ++r) rotate_row(s.page_q + r * dim, dim, c.key.hadamard, s.fold.folded);
+  }
   const bool prepared = c.key.bits != 16 && c.key.reduction_groups();
-  if (prepared) quantize_rows(s.q, dim, rows, dim, c.key.groups(), int16_limit(c.key, c.key.group), s.q16);
+  if (prepared) quantize_rows(s.page_q, dim, rows, dim, c.key.groups(), int16_limit(c.key, c.key.group), s.q16);
 
   const int64_t packed = seq.packed_end / page, last = item.unit_end < packed ? item.unit_end : packed;
   const int32_t* pages = c.pages + seq.page_begin;
@@ -171,7 +176,7 @@ void attend(const AttendCall& c, const WorkItem& item, void* memory) {
     const int64_t at = (int64_t)pages[u] * c.kv_heads + item.kv_head;
     const int64_t then = u + 1 < last ? (int64_t)pages[u + 1] * c.kv_heads + item.kv_head : -1;
     memset(s.scores, 0, sizeof(float) * rows * page);
-    multiply(c.key, c.k_pages + at * key_bytes, then < 0 ? nullptr : c.k_pages + then * key_bytes, s.q, dim, rows,
+    multiply(c.key, c.k_pages + at * key_bytes, then < 0 ? nullptr : c.k_pages + then * key_bytes, s.page_q, dim, rows,
              prepared ? &s.q16 : nullptr, s.fold, s.scores, page);
     for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * page, page);
     multiply(c.value, c.v_pages + at * value_bytes, then < 0 ? nullptr : c.v_pages + then * value_bytes, s.scores, page,

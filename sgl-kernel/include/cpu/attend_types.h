@@ -56,8 +56,8 @@ struct Body {
   const char* name;
   bool (*supported)();
   void (*attend)(const AttendCall&, const WorkItem&, void* scratch);
-  // rows [page][head_dim] of floats to a block; codes: scratch of page * head_dim bytes.
-  void (*pack)(const BlockFormat&, const float* rows, uint8_t* block, uint8_t* codes);
+  // rows [page][head_dim] of floats, which may be overwritten, to a block; codes: scratch of page * head_dim bytes.
+  void (*pack)(const BlockFormat&, float* rows, uint8_t* block, uint8_t* codes);
   void (*load_rows)(Dtype, const void* from, int64_t count, float* to);
 };
 

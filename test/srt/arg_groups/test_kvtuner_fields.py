@@ -20,6 +20,7 @@ DEFAULTS = {
     "kvtuner_axis_value": 0,
     "kvtuner_q_group_size": 64,
     "kvtuner_residual_length": 128,
+    "kvtuner_hadamard_key": False,
     "kvtuner_config": None,
 }
 
@@ -62,6 +63,9 @@ def test_defaults():
         ("--kvtuner-asym true", {"kvtuner_asym": True}),
         ("--kvtuner-asym=True", {"kvtuner_asym": True}),
         ("--kvtuner-asym false", {}),
+        ("--kvtuner-hadamard-key", {"kvtuner_hadamard_key": True}),
+        ("--kvtuner-hadamard-key=true --kvtuner-axis-key 0", {"kvtuner_hadamard_key": True}),
+        ("--kvtuner-hadamard-key false", {}),
         ("--kvtuner-asym --kvtuner-axis-key 1", {"kvtuner_asym": True, "kvtuner_axis_key": 1}),
         ("--kvtuner-asym true --kvtuner-asym false", {}),
     ],
@@ -98,6 +102,7 @@ def test_command_lines_that_are_refused(argv, message, capsys):
     [
         ("kvtuner-asym: true\n", {"kvtuner_asym": True}),
         ("kvtuner-asym: false\n", {}),
+        ("kvtuner-hadamard-key: true\n", {"kvtuner_hadamard_key": True}),
         ("kvtuner_asym: true\n", None),  # upstream passes the key on as it is, and the flag has dashes
         ("enable-kvtuner-quant: true\nkvtuner-nbits-key: 8\n", {"enable_kvtuner_quant": True, "kvtuner_nbits_key": 8}),
         ("enable-kvtuner-quant: false\n", {}),

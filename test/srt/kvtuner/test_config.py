@@ -10,6 +10,7 @@ NAMES = {
     "nbits_key": "--kvtuner-nbits-key",
     "nbits_value": "--kvtuner-nbits-value",
     "asym": "--kvtuner-asym",
+    "hadamard_key": "--kvtuner-hadamard-key",
     "axis_key": "--kvtuner-axis-key",
     "axis_value": "--kvtuner-axis-value",
     "group_size": "--kvtuner-q-group-size",
@@ -37,9 +38,10 @@ def test_axis_other_than_0_1(field, value):
     assert "valid are 0, 1" in refused(field, value)
 
 
+@pytest.mark.parametrize("field", ("asym", "hadamard_key"))
 @pytest.mark.parametrize("value", ("yes", "true", 1, 0, None))
-def test_asym_that_is_no_bool(value):
-    assert "valid are True, False" in refused("asym", value)
+def test_switches_that_are_no_bool(field, value):
+    assert "valid are True, False" in refused(field, value)
 
 
 @pytest.mark.parametrize("value", (0, -2, -64))
@@ -89,11 +91,12 @@ def test_from_args_reads_every_flag():
         kvtuner_axis_value=0,
         kvtuner_q_group_size=32,
         kvtuner_residual_length=7,
+        kvtuner_hadamard_key=True,
         kvtuner_config="preset.yaml",
     )
     assert set(given) == set(FLAG_OF_FIELD)
     config = KVTunerConfig.from_args(SimpleNamespace(**given))
-    assert config == KVTunerConfig(8, 2, True, 1, 0, 32, 7, "preset.yaml")
+    assert config == KVTunerConfig(8, 2, True, 1, 0, 32, 7, True, "preset.yaml")
 
 
 def test_flags_are_the_fields_with_dashes():

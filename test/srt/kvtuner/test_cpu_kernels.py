@@ -9,6 +9,7 @@ import torch
 from sglang.srt.kvtuner import dispatch, kernels_cpu
 from sglang.srt.kvtuner.backend import attend
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.hadamard import block_size
 from sglang.srt.kvtuner.page_codec import encode_pages
 from sglang.srt.kvtuner.plan import CachePlan
 from sglang.srt.kvtuner.pool import KVTunerTokenToKVPool
@@ -31,12 +32,13 @@ def isa(request):
         yield request.param
 
 
-def tensor_format(nbits, asym, axis, group, page, head_dim, token_lanes):
+def tensor_format(nbits, asym, axis, group, page, head_dim, token_lanes, rotated=False):
     if nbits == 16:
         return TensorFormat.unquantized(page, head_dim, token_lanes)
     return TensorFormat(
-        nbits=nbits, asym=asym, axis=axis, group_size=group, page_size=page, head_dim=head_dim, token_lanes=token_lanes
-    )
+        nbits=nbits, asym=asym, axis=axis, group_size=group, page_size=page, head_dim=head_dim, token_lanes=token_lanes,
+        hadamard=block_size(head_dim) if rotated else 0,
+    )  # fmt: skip
 
 
 def random_format(rng, page, head_dim, token_lanes, asym=None):
@@ -44,7 +46,8 @@ def random_format(rng, page, head_dim, token_lanes, asym=None):
     axis = rng.choice((0, 1))
     divisors = [g for g in (16, 32, 48, 64, 80, 96, 128, 256) if (head_dim if axis == 0 else page) % g == 0]
     asym = rng.random() < 0.5 if asym is None else asym
-    return tensor_format(nbits, asym, axis, rng.choice(divisors), page, head_dim, token_lanes)
+    rotated = token_lanes and rng.random() < 0.5
+    return tensor_format(nbits, asym, axis, rng.choice(divisors), page, head_dim, token_lanes, rotated)
 
 
 @pytest.mark.parametrize("token_lanes", [True, False], ids=["keys", "values"])
@@ -168,6 +171,29 @@ def test_formats(isa, bits, axes, asym):
         case.fill([300, 129])
         assert case.step([300, 129], [1, 1]) <= TOLERANCE
         assert case.step([301, 130], [90, 1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
+def test_rotated_bytes_equal_the_reference(isa, asym, axis):
+    torch.manual_seed(0)
+    for nbits, page, head_dim in [(4, 64, 64), (2, 64, 128), (8, 32, 96), (4, 16, 80), (4, 64, 256)]:
+        fmt = tensor_format(nbits, asym, axis, 16, page, head_dim, True, rotated=True)
+        for size, shift in [(1, 0), (1, 30), (1e-6, 0), (1e4, 1e3), (0, 0)]:
+            pages = torch.randn(3, page, head_dim) * size + torch.randn(head_dim) * shift
+            assert torch.equal(kernels_cpu.pack_pages(pages, fmt), encode_pages(pages, fmt)), (fmt, size, shift)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_attention_over_rotated_keys(isa, head_dim, axis):
+    """The packed prefix is rotated, the window and the step's own rows are not."""
+    torch.manual_seed(0)
+    key = tensor_format(4, True, axis, 16, 64, head_dim, True, rotated=True)
+    case = Case(key, tensor_format(8, False, 0, 16, 64, head_dim, False), 6, 2, 64, torch.float32)
+    case.fill([400, 70, 10])
+    for priors, news in [([400, 70, 10], [1, 1, 1]), ([401, 71, 11], [90, 200, 1])]:
+        assert case.step(priors, news) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

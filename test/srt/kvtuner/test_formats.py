@@ -75,6 +75,9 @@ def test_a_layer_adds_its_halves():
         ((16, True, 0, 64, 64, 64), "16 bits have no groups"),
         ((16, False, 1, 64, 64, 64), "16 bits have no groups"),
         ((16, False, 0, 32, 64, 64), "16 bits have no groups"),
+        ((16, False, 0, 64, 64, 64, True, 64), "16 bits have no groups"),
+        ((4, False, 0, 16, 64, 80, True, 32), "a rotation block of 32 is no power of two that divides 80"),
+        ((4, False, 0, 16, 64, 80, True, 80), "a rotation block of 80"),
     ],
 )
 def test_formats_that_cannot_be_stored_are_refused(arguments, message):

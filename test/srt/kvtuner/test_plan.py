@@ -67,6 +67,29 @@ def test_settings_of_the_quantizer_mean_nothing_to_bfloat16_pages():
         plan_of(nbits_key=16, group_size=48)
 
 
+@pytest.mark.parametrize("head_dim, block", [(128, 128), (80, 16), (96, 32)])
+def test_rotated_keys(head_dim, block):
+    plan = plan_of({**MODEL, "head_dim": head_dim}, hadamard_key=True, group_size=16)
+    assert {(layer.key.hadamard, layer.value.hadamard) for layer in plan.layers} == {(block, 0)}
+    assert "K per token g16 rotated, V per token g16, " in plan.describe()
+    assert plan.stored_bits() == plan_of({**MODEL, "head_dim": head_dim}, group_size=16).stored_bits()
+
+
+def test_a_preset_chooses_the_layers_whose_keys_are_rotated(tmp_path):
+    path = tmp_path / "rotated.yaml"
+    bits = "nbits_key: 4, nbits_value: 4"
+    path.write_text(f"0: {{{bits}}}\n1: {{{bits}, hadamard_key: true}}\n2: {{nbits_key: 16, nbits_value: 4}}\n")
+    assert [layer.key.hadamard for layer in plan_of(preset=str(path)).layers] == [0, 128, 0]
+    assert "K per token g64 rotated in 1 layers" in plan_of(preset=str(path)).describe()
+    # The flag decides where the preset does not; bfloat16 keys are left alone.
+    assert [layer.key.hadamard for layer in plan_of(preset=str(path), hadamard_key=True).layers] == [128, 128, 0]
+
+
+def test_odd_heads_cannot_be_rotated():
+    message = refusal({"head_dim": 13}, hadamard_key=True, nbits_key=8, nbits_value=8, group_size=-1)
+    assert message.startswith("--kvtuner-hadamard-key is True: the model's head_dim 13 is odd")
+
+
 @pytest.mark.parametrize("count", (2, 4))
 def test_a_preset_with_fewer_or_more_layers_than_the_model(tmp_path, count):
     preset = write_preset(tmp_path, *[(4, 4)] * count)
@@ -130,6 +153,7 @@ def test_digest_changes_with_every_setting(tmp_path):
         ("axis_value", 1),
         ("group_size", 32),
         ("residual_length", 129),
+        ("hadamard_key", True),
         ("preset", write_preset(tmp_path, (4, 4), (4, 2), (4, 4))),
     ]:
         plans.append(plan_of(**{**base, field: value}))

@@ -54,6 +54,11 @@ def test_memory_and_capacity(dtype, itemsize):
     assert report["capacity_tokens_full_precision"] == (report["pool_bytes"] + report["ring_bytes"]) // token
 
 
+def test_rotated_layers_are_counted():
+    assert pool_report(make_pool())["hadamard_key_layers"] == 0
+    assert pool_report(make_pool(hadamard_key=True))["hadamard_key_layers"] == LAYERS
+
+
 def test_the_scheduler_state_gets_the_report():
     pool, state = make_pool(), {"kept": 1}
     scheduler = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool))

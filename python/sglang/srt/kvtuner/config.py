@@ -15,6 +15,7 @@ FLAG_OF_FIELD = {
     "kvtuner_axis_value": "--kvtuner-axis-value",
     "kvtuner_q_group_size": "--kvtuner-q-group-size",
     "kvtuner_residual_length": "--kvtuner-residual-length",
+    "kvtuner_hadamard_key": "--kvtuner-hadamard-key",
     "kvtuner_config": "--kvtuner-config",
 }
 
@@ -29,7 +30,8 @@ class KVTunerConfig:
 
     nbits_key, nbits_value: 2, 4, 8, or 16 for bfloat16; per-layer presets override them. asym: store zero points.
     axis_key, axis_value: 0 per token, 1 per channel. group_size: elements that share a scale, -1 for the whole
-    head_dim. residual_length: newest tokens kept in full precision. preset: path of a per-layer YAML preset, or None.
+    head_dim. residual_length: newest tokens kept in full precision. hadamard_key: rotate keys before they are quantized;
+    per-layer presets may override it. preset: path of a per-layer YAML preset, or None.
     """
 
     nbits_key: int = 4
@@ -39,6 +41,7 @@ class KVTunerConfig:
     axis_value: int = 0
     group_size: int = 64
     residual_length: int = 128
+    hadamard_key: bool = False
     preset: Optional[str] = None
 
     def __post_init__(self) -> None:
@@ -47,6 +50,7 @@ class KVTunerConfig:
         _check_choice("--kvtuner-axis-key", self.axis_key, (0, 1))
         _check_choice("--kvtuner-axis-value", self.axis_value, (0, 1))
         _check_choice("--kvtuner-asym", self.asym, (True, False))
+        _check_choice("--kvtuner-hadamard-key", self.hadamard_key, (True, False))
         _check_integer("--kvtuner-q-group-size", self.group_size)
         _check_integer("--kvtuner-residual-length", self.residual_length)
         if self.group_size != -1 and self.group_size <= 0:
@@ -79,6 +83,7 @@ class KVTunerConfig:
             axis_value=args.kvtuner_axis_value,
             group_size=args.kvtuner_q_group_size,
             residual_length=args.kvtuner_residual_length,
+            hadamard_key=args.kvtuner_hadamard_key,
             preset=args.kvtuner_config,
         )
 

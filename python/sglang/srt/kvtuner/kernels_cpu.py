@@ -91,9 +91,9 @@ def unsupported(fmt: TensorFormat) -> str | None:
 
 
 def format_numbers(layer: LayerFormat) -> torch.Tensor:
-    """int64 [2, 4]: bits, symmetry, axis and group of keys and of values, as the kernels take them."""
+    """int64 [2, 5]: bits, symmetry, axis, group and rotation of keys and of values, as the kernels take them."""
     return torch.tensor(
-        [[f.nbits, int(f.asym), f.axis, f.group_size] for f in (layer.key, layer.value)], dtype=torch.int64
+        [[f.nbits, int(f.asym), f.axis, f.group_size, f.hadamard] for f in (layer.key, layer.value)], dtype=torch.int64
     )
 
 
@@ -101,7 +101,7 @@ def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     """What ``page_codec.encode_pages`` does, byte for byte: x [pages, page_size, head_dim] to uint8 [pages, block_bytes]."""
     blocks = torch.empty(x.shape[0], fmt.block_bytes, dtype=torch.uint8)
     module().pack_pages(
-        x.contiguous(), blocks, fmt.nbits, int(fmt.asym), fmt.axis, fmt.group_size, int(fmt.token_lanes)
+        x.contiguous(), blocks, fmt.nbits, int(fmt.asym), fmt.axis, fmt.group_size, int(fmt.token_lanes), fmt.hadamard
     )
     return blocks
 

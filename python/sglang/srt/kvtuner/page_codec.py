@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from sglang.srt.kvtuner.formats import SCALE_DTYPE, ZERO_DTYPE, TensorFormat
+from sglang.srt.kvtuner.hadamard import rotate
 from sglang.srt.kvtuner.packing import pack, unpack
 from sglang.srt.kvtuner.quantizer import PER_TOKEN, dequantize_groups, quantize
 
@@ -28,12 +29,14 @@ LANES = 16
 
 
 def encode_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """Quantize and pack full-precision pages.
+    """Rotate, where the format says so, quantize and pack full-precision pages.
 
     x: [..., page_size, head_dim], any float dtype. Returns uint8 [..., block_bytes].
     """
     if not fmt.quantized:
         return _pack_values(x.to(torch.bfloat16), fmt)
+    if fmt.hadamard:
+        x = rotate(x, fmt.hadamard)
     q = quantize(
         x, nbits=fmt.nbits, asym=fmt.asym, axis=fmt.axis, group_size=fmt.group_size, scale_dtype=SCALE_DTYPE
     )
@@ -44,11 +47,12 @@ def encode_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
 
 
 def decode_pages(blocks: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """Dequantize packed blocks, uint8 [..., block_bytes], to float32 [..., page_size, head_dim]."""
+    """Dequantize packed blocks, uint8 [..., block_bytes], and undo their rotation; float32 [..., page_size, head_dim]."""
     if not fmt.quantized:
         return _unpack_values(blocks, fmt).float()
     codes, scale, zero = split_blocks(blocks, fmt)
-    return dequantize_groups(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size)
+    x = dequantize_groups(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size)
+    return rotate(x, fmt.hadamard) if fmt.hadamard else x
 
 
 def split_blocks(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from sglang.srt.kvtuner.config import KVTunerConfig, KVTunerConfigError
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.hadamard import block_size
 from sglang.srt.kvtuner.packing import codes_per_byte
 from sglang.srt.kvtuner.preset import LayerBits, load_preset
 from sglang.srt.kvtuner.quantizer import PER_TOKEN, UNQUANTIZED_BITS
@@ -80,7 +81,7 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
     """
     bits = _layer_bits(config, num_layers)
 
-    def tensor(which: str, nbits: int, axis: int, token_lanes: bool) -> TensorFormat:
+    def tensor(which: str, nbits: int, axis: int, token_lanes: bool, rotated: bool = False) -> TensorFormat:
         if nbits == UNQUANTIZED_BITS:
             return TensorFormat.unquantized(page_size, head_dim, token_lanes)
         group = _group_size(config, which, axis, head_dim, page_size)
@@ -97,11 +98,12 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
             page_size=page_size,
             head_dim=head_dim,
             token_lanes=token_lanes,
+            hadamard=_hadamard_block(head_dim) if rotated else 0,
         )
 
     layers = tuple(
         LayerFormat(
-            key=tensor("key", b.key, config.axis_key, True),
+            key=tensor("key", b.key, config.axis_key, True, b.hadamard_key),
             value=tensor("value", b.value, config.axis_value, False),
         )
         for b in bits
@@ -110,22 +112,36 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
 
 
 def _describe_groups(formats: list[TensorFormat]) -> str:
-    """How the layers that quantize do it: presets change bits alone."""
+    """How the layers that quantize do it: presets change bits and rotation alone."""
     quantized = [fmt for fmt in formats if fmt.quantized]
     if not quantized:
         return "bfloat16"
-    return f"{'per token' if quantized[0].axis == PER_TOKEN else 'per channel'} g{quantized[0].group_size}"
+    described = f"{'per token' if quantized[0].axis == PER_TOKEN else 'per channel'} g{quantized[0].group_size}"
+    rotated = sum(fmt.hadamard > 0 for fmt in quantized)
+    if rotated:
+        described += " rotated" if rotated == len(formats) else f" rotated in {rotated} layers"
+    return described
 
 
 def _layer_bits(config: KVTunerConfig, num_layers: int) -> tuple[LayerBits, ...]:
     if config.preset is None:
-        return (LayerBits(key=config.nbits_key, value=config.nbits_value),) * num_layers
-    bits = load_preset(config.preset)
+        return (LayerBits(config.nbits_key, config.nbits_value, config.hadamard_key),) * num_layers
+    bits = load_preset(config.preset, hadamard_key=config.hadamard_key)
     if len(bits) != num_layers:
         raise KVTunerConfigError(
             f"--kvtuner-config {config.preset}: the preset has {len(bits)} layers, the model has {num_layers}"
         )
     return bits
+
+
+def _hadamard_block(head_dim: int) -> int:
+    block = block_size(head_dim)
+    if block == 1:
+        raise KVTunerConfigError(
+            f"--kvtuner-hadamard-key is True: the model's head_dim {head_dim} is odd; rotated are blocks of channels "
+            "whose size is a power of two that divides it"
+        )
+    return block
 
 
 def _group_size(config: KVTunerConfig, which: str, axis: int, head_dim: int, page_size: int) -> int:

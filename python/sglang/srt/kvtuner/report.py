@@ -32,6 +32,7 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
         "attention": pool.attention,
         "average_bits_key": nominal_key,
         "average_bits_value": nominal_value,
+        "hadamard_key_layers": sum(layer.key.hadamard > 0 for layer in pool.plan.layers),
         "stored_bits_key": key_bytes * 8 / elements,
         "stored_bits_value": value_bytes * 8 / elements,
         "stored_bits": (key_bytes + value_bytes) * 8 / (2 * elements),

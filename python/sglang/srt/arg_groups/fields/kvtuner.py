@@ -59,6 +59,14 @@ class KVTuner(msgspec.Struct):
         int,
         "Newest tokens of a request that stay in full precision.",
     ] = 128
+    kvtuner_hadamard_key: A[
+        bool,
+        Arg(
+            help="Rotate keys by a Hadamard matrix before they are quantized. Bare, or with true or false.",
+            action="store",
+            action_kwargs={"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"},
+        ),
+    ] = False
     kvtuner_config: A[
         Optional[str],
         "Per-layer bits from a KVTuner YAML preset; overrides --kvtuner-nbits-key and --kvtuner-nbits-value.",
