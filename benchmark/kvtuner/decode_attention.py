@@ -67,6 +67,7 @@ class Shape:
         self.k, self.v = torch.randn(2, batch, self.kv_heads, self.head_dim).to(options.dtype)
         self.k_ring, self.v_ring = torch.randn(2, batch, ring, self.kv_heads, self.head_dim).to(options.dtype)
         self.num_pages = self.packed * batch + 1
+        self.no_sinks = torch.empty(self.num_pages, 0, self.kv_heads, self.head_dim, dtype=options.dtype)
         self.pages = (torch.randperm(max(self.num_pages - 1, 1)) + 1).to(torch.int32)
         rows = [(i, i, 1, self.prior, self.packed * PAGE, i * self.packed) for i in range(batch)]
         self.sequences = torch.tensor(rows, dtype=torch.int64)
@@ -101,8 +102,9 @@ class Packed:
         s, (keys, values) = self.shape, self.buffers[self.turn % len(self.buffers)]
         self.turn += 1
         kernels_cpu.module().attend(
-            s.q, s.k, s.v, s.k_ring, s.v_ring, keys, values, s.sequences, s.pages, self.formats, PAGE, s.scaling, self.out
-        )
+            s.q, s.k, s.v, s.k_ring, s.v_ring, keys, values, s.no_sinks, s.no_sinks, s.sequences, s.pages, self.formats,
+            PAGE, s.scaling, self.out,
+        )  # fmt: skip
 
     def error(self) -> float:
         """Largest error of an output row relative to its norm, against float32 attention over the same codes."""

@@ -6,7 +6,7 @@ from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.plan import CachePlan
 
 
-def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16):
+def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):
     """A plan whose layers differ in bits, axis, group and rotation, as a preset's do and more."""
 
     def tensor(nbits, axis, group, asym, hadamard=0):
@@ -18,7 +18,7 @@ def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16):
         LayerFormat(tensor(2, 0, 4, False), TensorFormat.unquantized(page_size, head_dim)),
     ]
     chosen = tuple(formats[i % len(formats)] for i in range(layers))
-    return CachePlan(layers=chosen, page_size=page_size, residual_length=residual)
+    return CachePlan(layers=chosen, page_size=page_size, residual_length=residual, sink_length=sinks)
 
 
 class RequestTable:

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bits, symmetry, axes (0 per token, 1 per channel), group size and rotation of keys of a simulated cache."""
+    """Bits, symmetry, axes (0 per token, 1 per channel), group size, rotation of keys and sinks of a simulated cache."""
 
     bits_key: int
     bits_value: int
@@ -21,6 +21,7 @@ class Recipe:
     axis_value: int = 0
     group: int = 64
     hadamard_key: bool = False
+    sinks: int = 0
 
     def flags(self):
         """The same recipe as server flags."""
@@ -31,6 +32,7 @@ class Recipe:
             *("--kvtuner-axis-key", str(self.axis_key), "--kvtuner-axis-value", str(self.axis_value)),
             *("--kvtuner-q-group-size", str(self.group)),
             *("--kvtuner-hadamard-key", str(self.hadamard_key).lower()),
+            *("--kvtuner-sink-length", str(self.sinks)),
         ]
 
 
@@ -116,6 +118,8 @@ def _attend(query, key, value, scaling, recipe, chunk):
         stored = fake_quantize(key.float() @ rotation, recipe.bits_key, recipe.asym, recipe.axis_key, recipe.group)
         keys[1] = stored @ rotation
         values[1] = fake_quantize(value, recipe.bits_value, recipe.asym, recipe.axis_value, recipe.group)
+        for exact, quantized in (keys, values):
+            quantized[..., : recipe.sinks, :] = exact[..., : recipe.sinks, :]
     keys, values = ([t.float().repeat_interleave(repeats, dim=1) for t in pair] for pair in (keys, values))
     logits = [query.float() @ k.transpose(-1, -2) * scaling for k in keys]
     weights = torch.where(own_chunk, *logits).masked_fill(~causal, float("-inf")).softmax(-1)

@@ -106,6 +106,26 @@ inline void tail_scores(Scratch& s, int rows, int dim, int count) {
         FloatTile<32>{(const uint8_t*)s.key_tile, nullptr, kTailTokens * 4, dim, s.q, dim, s.scores, kTailTokens});
 }
 
+// The tile of `count` rows in key_rows and value_tile (zeros after them), of the positions from `begin` on.
+inline void attend_tile(const AttendCall& c, const WorkItem& item, Scratch& s, int64_t begin, int count) {
+  const Sequence& seq = c.sequences[item.sequence];
+  const int dim = c.head_dim, rows = s.state.rows;
+  tail_scores(s, rows, dim, count);
+  for (int r = 0; r < rows; ++r) {
+    float* scores = s.scores + r * kTailTokens;
+    const int64_t visible = seq.prior + item.token_begin + r / c.group + 1 - begin;
+    const int limit = visible < count ? (int)visible : count;
+    if (limit <= 0) {
+      memset(scores, 0, sizeof(float) * kTailTokens);
+      continue;
+    }
+    for (int t = limit; t < kTailTokens; ++t) scores[t] = -1e38f;
+    softmax_row(s.state, r, scores, kTailTokens);
+  }
+  cover(rows, dim / kLanes,
+        FloatTile<32>{(const uint8_t*)s.value_tile, nullptr, dim * 4, count, s.scores, kTailTokens, s.state.acc, dim});
+}
+
 inline void attend_tail(const AttendCall& c, const WorkItem& item, Scratch& s, int64_t begin, int64_t end) {
   const Sequence& seq = c.sequences[item.sequence];
   const int dim = c.head_dim, count = (int)(end - begin);
@@ -122,21 +142,29 @@ inline void attend_tail(const AttendCall& c, const WorkItem& item, Scratch& s, i
     load_rows(ks.dtype, row_at(ks, row, item.kv_head), dim, k);
     load_rows(vs.dtype, row_at(vs, row, item.kv_head), dim, v);
   }
-  const int rows = s.state.rows;
-  tail_scores(s, rows, dim, count);
-  for (int r = 0; r < rows; ++r) {
-    float* scores = s.scores + r * kTailTokens;
-    const int64_t visible = seq.prior + item.token_begin + r / c.group + 1 - begin;
-    const int limit = visible < count ? (int)visible : count;
-    if (limit <= 0) {
-      memset(scores, 0, sizeof(float) * kTailTokens);
-      continue;
+  attend_tile(c, item, s, begin, count);
+}
+
+// A first page's codes of sinks are not looked at ...
+inline void hide_sinks(const AttendCall& c, float* scores, int rows) {
+  for (int r = 0; r < rows; ++r)
+    for (int t = 0; t < c.sinks; ++t) scores[r * c.key.page + t] = -1e38f;
+}
+
+// ... but the rows that are kept beside it.
+inline void attend_sinks(const AttendCall& c, const WorkItem& item, Scratch& s, int64_t page_id) {
+  const int dim = c.head_dim;
+  for (int begin = 0; begin < c.sinks; begin += kTailTokens) {
+    const int count = c.sinks - begin < kTailTokens ? c.sinks - begin : kTailTokens;
+    for (int t = 0; t < count; ++t) {
+      const int64_t row = page_id * c.sinks + begin + t;
+      load_rows(c.k_sinks.dtype, row_at(c.k_sinks, row, item.kv_head), dim, s.key_rows + t * dim);
+      load_rows(c.v_sinks.dtype, row_at(c.v_sinks, row, item.kv_head), dim, s.value_tile + t * dim);
     }
-    for (int t = limit; t < kTailTokens; ++t) scores[t] = -1e38f;
-    softmax_row(s.state, r, scores, kTailTokens);
+    memset(s.key_rows + count * dim, 0, sizeof(float) * (kTailTokens - count) * dim);
+    memset(s.value_tile + count * dim, 0, sizeof(float) * (kTailTokens - count) * dim);
+    attend_tile(c, item, s, begin, count);
   }
-  cover(rows, dim / kLanes,
-        FloatTile<32>{(const uint8_t*)s.value_tile, nullptr, dim * 4, count, s.scores, kTailTokens, s.state.acc, dim});
 }
 
 inline void store_result(const AttendCall& c, const WorkItem& item, const State& st) {
@@ -178,10 +206,12 @@ void attend(const AttendCall& c, const WorkItem& item, void* memory) {
     memset(s.scores, 0, sizeof(float) * rows * page);
     multiply(c.key, c.k_pages + at * key_bytes, then < 0 ? nullptr : c.k_pages + then * key_bytes, s.page_q, dim, rows,
              prepared ? &s.q16 : nullptr, s.fold, s.scores, page);
+    if (u == 0) hide_sinks(c, s.scores, rows);
     for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * page, page);
     multiply(c.value, c.v_pages + at * value_bytes, then < 0 ? nullptr : c.v_pages + then * value_bytes, s.scores, page,
              rows, nullptr, s.fold, s.state.acc, dim);
   }
+  if (item.unit_begin == 0 && packed > 0) attend_sinks(c, item, s, pages[0]);
   const int64_t visible_end = seq.prior + item.token_end;
   for (int64_t u = item.unit_begin > packed ? item.unit_begin : packed; u < item.unit_end; ++u) {
     const int64_t begin = seq.packed_end + (u - packed) * kTailTokens, end = begin + kTailTokens;

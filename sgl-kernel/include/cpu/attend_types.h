@@ -39,6 +39,10 @@ struct AttendCall {
   int64_t ring_length;
   int kv_heads, group, head_dim;
   float scaling;
+  // Full-precision rows of the first `sinks` tokens of a sequence, which hide those of its first page: row
+  // page id * sinks + position.
+  RowSource k_sinks, v_sinks;
+  int sinks;
 };
 
 constexpr int kTailTokens = 64;

@@ -20,6 +20,7 @@ DEFAULTS = {
     "kvtuner_axis_value": 0,
     "kvtuner_q_group_size": 64,
     "kvtuner_residual_length": 128,
+    "kvtuner_sink_length": 0,
     "kvtuner_hadamard_key": False,
     "kvtuner_config": None,
 }
@@ -58,6 +59,7 @@ def test_defaults():
         ("--kvtuner-q-group-size 32", {"kvtuner_q_group_size": 32}),
         ("--kvtuner-q-group-size -1", {"kvtuner_q_group_size": -1}),
         ("--kvtuner-residual-length 0", {"kvtuner_residual_length": 0}),
+        ("--kvtuner-sink-length 4", {"kvtuner_sink_length": 4}),
         ("--kvtuner-config preset.yaml", {"kvtuner_config": "preset.yaml"}),
         ("--kvtuner-asym", {"kvtuner_asym": True}),
         ("--kvtuner-asym true", {"kvtuner_asym": True}),

@@ -79,8 +79,8 @@ def test_unquantized_bytes_equal_the_reference(isa, token_lanes):
 class Case:
     """A cache filled by the reference, twice: one to run the kernels on, one for the reference."""
 
-    def __init__(self, key, value, heads, kv_heads, residual, dtype, max_tokens=512):
-        self.plan = CachePlan((LayerFormat(key, value),), key.page_size, residual)
+    def __init__(self, key, value, heads, kv_heads, residual, dtype, max_tokens=512, sinks=0):
+        self.plan = CachePlan((LayerFormat(key, value),), key.page_size, residual, sinks)
         self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, key.head_dim, dtype
         page, tokens = key.page_size, -(-max_tokens // key.page_size) * key.page_size
         pages = torch.randperm(SLOTS * tokens // page) + 1
@@ -124,7 +124,8 @@ class Case:
             expected_pool.store(0, step, k_new, v_new)
             keys, values = torch.cat([k_prior, k_new.float()]), torch.cat([v_prior, v_new.float()])
             expected[step.tokens] = attend(q[step.tokens], keys, values, scaling=scaling)
-        for ours, theirs in [(pool, expected_pool), (pool.window, expected_pool.window)]:
+        whole = [(p, p.window, p.sinks) for p in (pool, expected_pool)]
+        for ours, theirs in zip(*whole):
             assert torch.equal(ours.keys[0], theirs.keys[0]) and torch.equal(ours.values[0], theirs.values[0])
         return ((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
@@ -150,7 +151,8 @@ def test_attention_and_stored_step(isa, shape, group):
     for head_dim in (64, 80, 96, 128, 256):
         torch.manual_seed(head_dim)
         key, value = (random_format(rng, 64, head_dim, lanes) for lanes in (True, False))
-        case = Case(key, value, 2 * group, 2, rng.choice((0, 64, 128)), torch.float32, max(map(sum, zip(priors, news))))
+        longest, residual, sinks = max(map(sum, zip(priors, news))), rng.choice((0, 64, 128)), rng.choice((0, 3))
+        case = Case(key, value, 2 * group, 2, residual, torch.float32, longest, sinks)
         case.fill(priors)
         error = case.step(priors, news)
         assert error <= TOLERANCE, (key, value, error)
@@ -194,6 +196,22 @@ def test_attention_over_rotated_keys(isa, head_dim, axis):
     case.fill([400, 70, 10])
     for priors, news in [([400, 70, 10], [1, 1, 1]), ([401, 71, 11], [90, 200, 1])]:
         assert case.step(priors, news) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("page, sinks", [(64, 1), (64, 4), (64, 64), (128, 100), (128, 128)])
+def test_sinks(isa, page, sinks, dtype):
+    """Also a whole page of them, and more than a tile; the requests are within their first page, past it, and far."""
+    torch.manual_seed(0)
+    formats = (tensor_format(2, True, 1, 64, page, 64, True), tensor_format(2, False, 0, 64, page, 64, False))
+    case = Case(*formats, 6, 2, 0, dtype, sinks=sinks)
+    case.fill([page - 1, page, 3 * page + 7])
+    tolerance = TOLERANCE + torch.finfo(dtype).eps / 2
+    for step in range(2):  # the second reads the sinks that the first one stored
+        assert case.step([page - 1 + step, page + step, 3 * page + 7 + step], [1, 1, 1]) <= tolerance
+    assert case.step([page + 1, page + 2, 3 * page + 9], [70, 1, page]) <= tolerance
+    stored = (case.pools[0].sinks.keys[0] != 0).flatten(1).any(1).sum()
+    assert stored == 3, "the first pages of three requests"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -85,6 +85,15 @@ def test_a_preset_chooses_the_layers_whose_keys_are_rotated(tmp_path):
     assert [layer.key.hadamard for layer in plan_of(preset=str(path), hadamard_key=True).layers] == [128, 128, 0]
 
 
+@pytest.mark.parametrize("page_size", (16, 64))
+def test_sinks_fit_a_page(page_size):
+    model = {**MODEL, "page_size": page_size}
+    assert plan_of(model, sink_length=page_size).describe().endswith(f", sinks {page_size}")
+    assert "sinks" not in plan_of(model).describe()
+    message = refusal(model, sink_length=page_size + 1)
+    assert message == f"--kvtuner-sink-length is {page_size + 1}; valid are 0 to {page_size}, one page (--page-size)"
+
+
 def test_odd_heads_cannot_be_rotated():
     message = refusal({"head_dim": 13}, hadamard_key=True, nbits_key=8, nbits_value=8, group_size=-1)
     assert message.startswith("--kvtuner-hadamard-key is True: the model's head_dim 13 is odd")
@@ -153,6 +162,7 @@ def test_digest_changes_with_every_setting(tmp_path):
         ("axis_value", 1),
         ("group_size", 32),
         ("residual_length", 129),
+        ("sink_length", 1),
         ("hadamard_key", True),
         ("preset", write_preset(tmp_path, (4, 4), (4, 2), (4, 4))),
     ]:

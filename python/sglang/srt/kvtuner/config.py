@@ -15,6 +15,7 @@ FLAG_OF_FIELD = {
     "kvtuner_axis_value": "--kvtuner-axis-value",
     "kvtuner_q_group_size": "--kvtuner-q-group-size",
     "kvtuner_residual_length": "--kvtuner-residual-length",
+    "kvtuner_sink_length": "--kvtuner-sink-length",
     "kvtuner_hadamard_key": "--kvtuner-hadamard-key",
     "kvtuner_config": "--kvtuner-config",
 }
@@ -30,8 +31,8 @@ class KVTunerConfig:
 
     nbits_key, nbits_value: 2, 4, 8, or 16 for bfloat16; per-layer presets override them. asym: store zero points.
     axis_key, axis_value: 0 per token, 1 per channel. group_size: elements that share a scale, -1 for the whole
-    head_dim. residual_length: newest tokens kept in full precision. hadamard_key: rotate keys before they are quantized;
-    per-layer presets may override it. preset: path of a per-layer YAML preset, or None.
+    head_dim. residual_length, sink_length: newest and first tokens kept in full precision. hadamard_key: rotate keys
+    before they are quantized; per-layer presets may override it. preset: path of a per-layer YAML preset, or None.
     """
 
     nbits_key: int = 4
@@ -41,6 +42,7 @@ class KVTunerConfig:
     axis_value: int = 0
     group_size: int = 64
     residual_length: int = 128
+    sink_length: int = 0
     hadamard_key: bool = False
     preset: Optional[str] = None
 
@@ -53,6 +55,7 @@ class KVTunerConfig:
         _check_choice("--kvtuner-hadamard-key", self.hadamard_key, (True, False))
         _check_integer("--kvtuner-q-group-size", self.group_size)
         _check_integer("--kvtuner-residual-length", self.residual_length)
+        _check_integer("--kvtuner-sink-length", self.sink_length)
         if self.group_size != -1 and self.group_size <= 0:
             raise KVTunerConfigError(
                 f"--kvtuner-q-group-size is {self.group_size}; valid are positive group sizes, "
@@ -64,10 +67,12 @@ class KVTunerConfig:
                     f"--kvtuner-q-group-size is -1 with {flag} 1; per-channel groups run along the tokens of a "
                     "page, so give a group size that divides --page-size (64 by default)"
                 )
-        if self.residual_length < 0:
-            raise KVTunerConfigError(
-                f"--kvtuner-residual-length is {self.residual_length}; valid are 0 and above"
-            )
+        for flag, length in (
+            ("--kvtuner-residual-length", self.residual_length),
+            ("--kvtuner-sink-length", self.sink_length),
+        ):
+            if length < 0:
+                raise KVTunerConfigError(f"{flag} is {length}; valid are 0 and above")
 
     @classmethod
     def from_args(cls, args: Any) -> KVTunerConfig:
@@ -83,6 +88,7 @@ class KVTunerConfig:
             axis_value=args.kvtuner_axis_value,
             group_size=args.kvtuner_q_group_size,
             residual_length=args.kvtuner_residual_length,
+            sink_length=args.kvtuner_sink_length,
             hadamard_key=args.kvtuner_hadamard_key,
             preset=args.kvtuner_config,
         )

@@ -68,6 +68,8 @@ class CpuKernels:
             pool.window.values[i],
             pool.keys[i],
             pool.values[i],
+            pool.sinks.keys[i],
+            pool.sinks.values[i],
             plan.sequences,
             plan.pages,
             self._formats[i],

@@ -16,11 +16,13 @@ from sglang.srt.kvtuner.quantizer import PER_TOKEN, UNQUANTIZED_BITS
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Formats of all layers (global layer order), page size in tokens, and residual window in tokens."""
+    """Formats of all layers (global layer order), page size in tokens, and what stays in full precision: the newest
+    ``residual_length`` tokens and the first ``sink_length`` of every sequence."""
 
     layers: tuple[LayerFormat, ...]
     page_size: int
     residual_length: int
+    sink_length: int = 0
 
     @property
     def ring_length(self) -> int:
@@ -37,7 +39,7 @@ class CachePlan:
         )
 
     def stored_bits(self) -> tuple[float, float]:
-        """Average stored bits per element of K and of V over layers, scales and zero points included."""
+        """Average stored bits per element of K and of V in packed pages over layers, scales and zero points included."""
         count = len(self.layers)
         return (
             sum(layer.key.stored_bits for layer in self.layers) / count,
@@ -49,6 +51,7 @@ class CachePlan:
         return {
             "page_size": self.page_size,
             "residual_length": self.residual_length,
+            "sink_length": self.sink_length,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -70,6 +73,7 @@ class CachePlan:
                 f"V {_describe_groups(values)}",
                 f"page {self.page_size}",
                 f"residual {self.residual_length}",
+                *([f"sinks {self.sink_length}"] if self.sink_length else []),
             ]
         )
 
@@ -108,7 +112,16 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
         )
         for b in bits
     )
-    return CachePlan(layers=layers, page_size=page_size, residual_length=config.residual_length)
+    if config.sink_length > page_size:
+        raise KVTunerConfigError(
+            f"--kvtuner-sink-length is {config.sink_length}; valid are 0 to {page_size}, one page (--page-size)"
+        )
+    return CachePlan(
+        layers=layers,
+        page_size=page_size,
+        residual_length=config.residual_length,
+        sink_length=config.sink_length,
+    )
 
 
 def _describe_groups(formats: list[TensorFormat]) -> str:

@@ -59,6 +59,10 @@ class KVTuner(msgspec.Struct):
         int,
         "Newest tokens of a request that stay in full precision.",
     ] = 128
+    kvtuner_sink_length: A[
+        int,
+        "First tokens of every sequence that stay in full precision; at most a page.",
+    ] = 0
     kvtuner_hadamard_key: A[
         bool,
         Arg(
