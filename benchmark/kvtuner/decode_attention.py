@@ -23,7 +23,9 @@ import torch
 from sglang.srt.kvtuner import huge_pages, kernels_cpu
 from sglang.srt.kvtuner.backend import attend
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.hadamard import block_size
 from sglang.srt.kvtuner.page_codec import decode_pages
+from sglang.srt.kvtuner.quantizer import STORED_BITS, UNQUANTIZED_BITS
 
 PAGE = 64
 BUFFER_BYTES = 96 << 20  # more than the last-level caches of the machines that this runs on
@@ -64,6 +66,7 @@ class Shape:
         self.k, self.v = torch.randn(2, batch, self.kv_heads, self.head_dim).to(options.dtype)
         self.k_ring, self.v_ring = torch.randn(2, batch, ring, self.kv_heads, self.head_dim).to(options.dtype)
         self.num_pages = self.packed * batch + 1
+        self.no_sinks = torch.empty(self.num_pages, 0, self.kv_heads, self.head_dim, dtype=options.dtype)
         self.pages = (torch.randperm(max(self.num_pages - 1, 1)) + 1).to(torch.int32)
         rows = [(i, i, 1, self.prior, self.packed * PAGE, i * self.packed) for i in range(batch)]
         self.sequences = torch.tensor(rows, dtype=torch.int64)
@@ -74,19 +77,14 @@ class Shape:
 
 
 class Packed:
-    """The kernels over pages of a format; ``None`` is bfloat16."""
+    """The kernels over pages of a format."""
 
-    def __init__(self, shape: Shape, layer: LayerFormat | None, label: str) -> None:
+    def __init__(self, shape: Shape, layer: LayerFormat, label: str) -> None:
         self.shape, self.label = shape, label
         x = torch.randn(2, DISTINCT_PAGES, PAGE, shape.head_dim)
-        if layer is None:
-            blocks = [kernels_cpu.pack_bfloat16_pages(x[i], token_lanes=i == 0) for i in range(2)]
-            self.values = x.bfloat16().float()
-            self.formats = torch.tensor([[kernels_cpu.BFLOAT16_BITS, 0, 0, shape.head_dim]] * 2)
-        else:
-            blocks = [kernels_cpu.pack_pages(x[i], fmt) for i, fmt in enumerate((layer.key, layer.value))]
-            self.values = torch.stack([decode_pages(b, f) for b, f in zip(blocks, (layer.key, layer.value))])
-            self.formats = kernels_cpu.format_numbers(layer)
+        blocks = [kernels_cpu.pack_pages(x[i], fmt) for i, fmt in enumerate((layer.key, layer.value))]
+        self.values = torch.stack([decode_pages(b, f) for b, f in zip(blocks, (layer.key, layer.value))])
+        self.formats = kernels_cpu.format_numbers(layer)
         which = torch.randint(DISTINCT_PAGES, (2, shape.num_pages, shape.kv_heads))
         self.which = which
         first = [blocks[i][which[i]] for i in range(2)]
@@ -103,8 +101,9 @@ class Packed:
         s, (keys, values) = self.shape, self.buffers[self.turn % len(self.buffers)]
         self.turn += 1
         kernels_cpu.module().attend(
-            s.q, s.k, s.v, s.k_ring, s.v_ring, keys, values, s.sequences, s.pages, self.formats, PAGE, s.scaling, self.out
-        )
+            s.q, s.k, s.v, s.k_ring, s.v_ring, keys, values, s.no_sinks, s.no_sinks, s.sequences, s.pages, self.formats,
+            PAGE, s.scaling, self.out,
+        )  # fmt: skip
 
     def error(self) -> float:
         """Largest error of an output row relative to its norm, against float32 attention over the same codes."""
@@ -170,15 +169,18 @@ def _timed(function) -> float:
 
 def layer_format(options: argparse.Namespace, bits_key: int, bits_value: int) -> LayerFormat:
     def fmt(bits: int, axis: int, token_lanes: bool) -> TensorFormat:
+        if bits == UNQUANTIZED_BITS:
+            return TensorFormat.unquantized(PAGE, options.head_dim, token_lanes)
         group = options.group_size if axis == 1 or options.group_size != -1 else options.head_dim
-        return TensorFormat(bits, options.asym, axis, group, PAGE, options.head_dim, token_lanes)
+        hadamard = block_size(options.head_dim) if options.hadamard_key and token_lanes else 0
+        return TensorFormat(bits, options.asym, axis, group, PAGE, options.head_dim, token_lanes, hadamard)
 
     return LayerFormat(fmt(bits_key, options.axis_key, True), fmt(bits_value, options.axis_value, False))
 
 
 def measure(options: argparse.Namespace, context: int, batch: int) -> list[Result]:
     shape = Shape(options, context, batch)
-    variants: list = [Packed(shape, None, "bfloat16")]
+    variants: list = [Packed(shape, layer_format(options, 16, 16), "bfloat16")]
     for key, value in options.bits:
         variants.append(Packed(shape, layer_format(options, key, value), f"K{key}V{value}"))
     if options.upstream:
@@ -216,14 +218,15 @@ def measure(options: argparse.Namespace, context: int, batch: int) -> list[Resul
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="the device whose kernels to time (cpu)")
-    parser.add_argument("--bits-key", type=int, nargs="+", default=[4, 8, 2], choices=(2, 4, 8), metavar="BITS")
-    parser.add_argument("--bits-value", type=int, nargs="+", choices=(2, 4, 8), metavar="BITS", help="as many; default: the keys'")
+    parser.add_argument("--bits-key", type=int, nargs="+", default=[4, 8, 2], choices=STORED_BITS, metavar="BITS")
+    parser.add_argument("--bits-value", type=int, nargs="+", choices=STORED_BITS, metavar="BITS", help="as many; default: the keys'")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--gqa", type=int, default=3, help="query heads of a KV head")
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--context", type=int, nargs="+", default=[8192])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--hadamard-key", action="store_true", help="rotated keys, but for the 16-bit ones")
     parser.add_argument("--axis-key", type=int, default=0, choices=(0, 1))
     parser.add_argument("--axis-value", type=int, default=0, choices=(0, 1))
     parser.add_argument("--group-size", type=int, default=64)

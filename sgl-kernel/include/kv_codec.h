@@ -36,6 +36,7 @@ constexpr float kHalfStep = 5.9604644775390625e-08f;  // 2^-24, the smallest pos
 constexpr float kHalfMax = 65504.f;
 
 // bits: 2, 4, 8, or 16 for bfloat16. axis: 0 groups along head_dim, 1 along tokens. token_lanes: true for keys.
+// hadamard: rows are rotated in blocks of that many channels before they are quantized (cpu/hadamard.h); 0: they are not.
 struct BlockFormat {
   int bits;
   int asym;
@@ -44,6 +45,7 @@ struct BlockFormat {
   int page;
   int head_dim;
   int token_lanes;
+  int hadamard = 0;
 
   KVTUNER_HD constexpr int lanes() const { return token_lanes ? page : head_dim; }
   KVTUNER_HD constexpr int reduction() const { return token_lanes ? head_dim : page; }

@@ -6,19 +6,19 @@ from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.plan import CachePlan
 
 
-def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16):
-    """A plan whose layers differ in bits, axis and group, as a preset's do and more."""
+def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):
+    """A plan whose layers differ in bits, axis, group and rotation, as a preset's do and more."""
 
-    def tensor(nbits, axis, group, asym):
-        return TensorFormat(nbits, asym, axis, group, page_size, head_dim)
+    def tensor(nbits, axis, group, asym, hadamard=0):
+        return TensorFormat(nbits, asym, axis, group, page_size, head_dim, hadamard=hadamard)
 
     formats = [
         LayerFormat(tensor(8, 0, head_dim, False), tensor(4, 1, 16, False)),
-        LayerFormat(tensor(4, 1, page_size, True), tensor(2, 0, 8, True)),
-        LayerFormat(tensor(2, 0, 4, False), tensor(8, 0, 8, False)),
+        LayerFormat(tensor(4, 1, page_size, True, hadamard=16), tensor(2, 0, 8, True)),
+        LayerFormat(tensor(2, 0, 4, False), TensorFormat.unquantized(page_size, head_dim)),
     ]
     chosen = tuple(formats[i % len(formats)] for i in range(layers))
-    return CachePlan(layers=chosen, page_size=page_size, residual_length=residual)
+    return CachePlan(layers=chosen, page_size=page_size, residual_length=residual, sink_length=sinks)
 
 
 class RequestTable:

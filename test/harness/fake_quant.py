@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bits, symmetry, axes (0 per token, 1 per channel) and group size of a simulated cache."""
+    """Bits, symmetry, axes (0 per token, 1 per channel), group size, rotation of keys and sinks of a simulated cache."""
 
     bits_key: int
     bits_value: int
@@ -20,6 +20,8 @@ class Recipe:
     axis_key: int = 0
     axis_value: int = 0
     group: int = 64
+    hadamard_key: bool = False
+    sinks: int = 0
 
     def flags(self):
         """The same recipe as server flags."""
@@ -29,6 +31,8 @@ class Recipe:
             *("--kvtuner-asym", str(self.asym).lower()),
             *("--kvtuner-axis-key", str(self.axis_key), "--kvtuner-axis-value", str(self.axis_value)),
             *("--kvtuner-q-group-size", str(self.group)),
+            *("--kvtuner-hadamard-key", str(self.hadamard_key).lower()),
+            *("--kvtuner-sink-length", str(self.sinks)),
         ]
 
 
@@ -48,6 +52,15 @@ def fake_quantize(x, bits, asym, axis, group):
     return (torch.minimum(torch.maximum(levels, first), first + 2**bits - 1) * step).reshape(x.shape)
 
 
+def hadamard_matrix(head_dim):
+    """The orthonormal block-diagonal matrix that keys are rotated by: Sylvester's Hadamard matrices of the largest power
+    of two that divides ``head_dim``, float32 [head_dim, head_dim]."""
+    block = torch.ones(1, 1)
+    while head_dim % (2 * len(block)) == 0:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)]) / 2**0.5
+    return torch.block_diag(*[block] * (head_dim // len(block)))
+
+
 def _stored(step):
     return step.half().float()
 
@@ -58,6 +71,25 @@ def window_logprobs(checkpoint, windows, recipe, chunk=128):
 
     ``recipe`` None leaves the cache as it is.
     """
+    found = []
+    for window, logprobs in zip(windows, _distributions(checkpoint, windows, recipe, chunk)):
+        found.append(logprobs[:-1].gather(-1, torch.tensor(window[1:])[:, None]).squeeze(-1))
+    return torch.stack(found)
+
+
+def window_divergence(checkpoint, windows, recipes, chunk=128):
+    """Mean Kullback-Leibler divergence (nats per token) of the next token's distribution, unquantized cache against each
+    of ``recipes``; windows as in :func:`window_logprobs`."""
+    exact = list(_distributions(checkpoint, windows, None, chunk))
+    found = []
+    for recipe in recipes:
+        pairs = zip(exact, _distributions(checkpoint, windows, recipe, chunk))
+        found.append(sum((p.exp() * (p - q)).sum(-1).mean().item() for p, q in pairs) / len(windows))
+    return found
+
+
+def _distributions(checkpoint, windows, recipe, chunk):
+    """Log-probabilities of the token after each of every window's, float32 [length, vocabulary] per window."""
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -68,13 +100,9 @@ def window_logprobs(checkpoint, windows, recipe, chunk=128):
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="fake_quantized"
     ).eval()
-    found = []
     for window in windows:
-        ids = torch.tensor([window])
         with torch.no_grad():
-            logits = model(ids, use_cache=False).logits[0, :-1].float()
-        found.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1))
-    return torch.stack(found)
+            yield model(torch.tensor([window]), use_cache=False).logits[0].float().log_softmax(-1)
 
 
 def _attend(query, key, value, scaling, recipe, chunk):
@@ -83,13 +111,16 @@ def _attend(query, key, value, scaling, recipe, chunk):
     own_chunk = position[:, None] // chunk == position[None, :] // chunk
     causal = position[:, None] >= position[None, :]
 
-    def seen(x, bits, asym, axis):
-        quantized = x if recipe is None else fake_quantize(x, bits, asym, axis, recipe.group)
-        return [t.float().repeat_interleave(repeats, dim=1) for t in (x, quantized)]
-
-    settings = recipe or Recipe(16, 16)
-    keys = seen(key, settings.bits_key, settings.asym, settings.axis_key)
-    values = seen(value, settings.bits_value, settings.asym, settings.axis_value)
+    keys, values = [key, key], [value, value]
+    if recipe is not None:
+        # The matrix is symmetric and orthonormal: it is its own inverse.
+        rotation = hadamard_matrix(key.shape[-1]) if recipe.hadamard_key else torch.eye(key.shape[-1])
+        stored = fake_quantize(key.float() @ rotation, recipe.bits_key, recipe.asym, recipe.axis_key, recipe.group)
+        keys[1] = stored @ rotation
+        values[1] = fake_quantize(value, recipe.bits_value, recipe.asym, recipe.axis_value, recipe.group)
+        for exact, quantized in (keys, values):
+            quantized[..., : recipe.sinks, :] = exact[..., : recipe.sinks, :]
+    keys, values = ([t.float().repeat_interleave(repeats, dim=1) for t in pair] for pair in (keys, values))
     logits = [query.float() @ k.transpose(-1, -2) * scaling for k in keys]
     weights = torch.where(own_chunk, *logits).masked_fill(~causal, float("-inf")).softmax(-1)
     out = (weights * own_chunk) @ values[0] + (weights * ~own_chunk) @ values[1]

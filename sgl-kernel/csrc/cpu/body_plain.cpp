@@ -18,6 +18,8 @@ namespace plain {
 
 #include <sgl_kernel/kvtuner/cpu/block_multiply.h>
 
+#include <sgl_kernel/kvtuner/cpu/hadamard.h>
+
 #include <sgl_kernel/kvtuner/cpu/softmax.h>
 
 #include <sgl_kernel/kvtuner/cpu/attend_tail.h>

@@ -78,36 +78,47 @@ void check_format(const BlockFormat& f) {
   KVTUNER_CHECK(f.tiled() && f.reduction() % 16 == 0 && f.vector_groups(),
                 "page " << f.page << ", head_dim " << f.head_dim << ", group " << f.group << " at " << f.bits
                         << " bits do not fill vectors");
+  KVTUNER_CHECK(f.hadamard == 0 || ((f.hadamard & (f.hadamard - 1)) == 0 && f.head_dim % f.hadamard == 0),
+                "rotation blocks of " << f.hadamard << " do not divide head_dim " << f.head_dim);
 }
 
 struct Cache {
-  RowSource k_new, v_new, k_ring, v_ring;
+  RowSource k_new, v_new, k_ring, v_ring, k_sinks, v_sinks;
   uint8_t *k_pages, *v_pages;
   BlockFormat key, value;
   const Sequence* sequences;
   int64_t count;
   const int32_t* pages;
   int64_t ring_length;
-  int kv_heads, head_dim;
+  int kv_heads, head_dim, sinks;
 };
 
-// formats: int64 [2, 4], bits, asym, axis and group of keys and of values.
+// k_sinks, v_sinks: [pages, sinks, heads, head_dim], none where sinks is 0.
+// formats: int64 [2, 5], bits, asym, axis, group and rotation block of keys and of values.
 Cache read_cache(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_ring, TensorView k_pages,
-                 TensorView v_pages, TensorView sequences, TensorView pages, TensorView formats, int64_t page) {
+                 TensorView v_pages, TensorView k_sinks, TensorView v_sinks, TensorView sequences, TensorView pages,
+                 TensorView formats, int64_t page) {
   Cache c{};
   c.k_new = rows_of(k_new), c.v_new = rows_of(v_new), c.k_ring = rows_of(k_ring), c.v_ring = rows_of(v_ring);
   c.kv_heads = (int)k_new.size(1), c.head_dim = (int)k_new.size(2), c.ring_length = k_ring.size(1);
-  for (const RowSource* s : {&c.v_new, &c.k_ring, &c.v_ring})
-    KVTUNER_CHECK(s->dtype == c.k_new.dtype, "keys, values and rings need one dtype");
   KVTUNER_CHECK(v_new.size(2) == c.head_dim && k_ring.size(3) == c.head_dim && v_ring.size(3) == c.head_dim,
                 "K and V need one head_dim");
   KVTUNER_CHECK(k_ring.stride(0) == c.ring_length * k_ring.stride(1) && v_ring.stride(0) == c.ring_length * v_ring.stride(1),
                 "rings must be contiguous");
+  c.k_sinks = rows_of(k_sinks), c.v_sinks = rows_of(v_sinks), c.sinks = (int)k_sinks.size(1);
+  for (const RowSource* s : {&c.v_new, &c.k_ring, &c.v_ring, &c.k_sinks, &c.v_sinks})
+    KVTUNER_CHECK(s->dtype == c.k_new.dtype, "keys, values, rings and sinks need one dtype");
+  for (const TensorView& s : {k_sinks, v_sinks})
+    KVTUNER_CHECK(s.size(0) == k_pages.size(0) && s.size(1) == c.sinks && c.sinks <= page && s.size(2) == c.kv_heads &&
+                      s.size(3) == c.head_dim && (c.sinks == 0 || s.stride(0) == c.sinks * s.stride(1)),
+                  "sinks are [pages, sinks, heads, head_dim]");
   const int64_t* f = (const int64_t*)formats.data_ptr();
   const int dim = c.head_dim;
-  c.key = {(int)f[0], (int)f[1], (int)f[2], (int)f[3], (int)page, dim, 1};
-  c.value = {(int)f[4], (int)f[5], (int)f[6], (int)f[7], (int)page, dim, 0};
+  KVTUNER_CHECK(formats.ndim() == 2 && formats.size(0) == 2 && formats.size(1) == 5, "formats are [2, 5]");
+  c.key = {(int)f[0], (int)f[1], (int)f[2], (int)f[3], (int)page, dim, 1, (int)f[4]};
+  c.value = {(int)f[5], (int)f[6], (int)f[7], (int)f[8], (int)page, dim, 0, (int)f[9]};
   check_format(c.key), check_format(c.value);
+  KVTUNER_CHECK(c.value.hadamard == 0, "only keys are rotated");
   KVTUNER_CHECK(k_pages.size(1) == c.kv_heads && k_pages.size(2) == c.key.block_bytes(), "key pages have another format");
   KVTUNER_CHECK(v_pages.size(1) == c.kv_heads && v_pages.size(2) == c.value.block_bytes(),
                 "value pages have another format");
@@ -138,16 +149,16 @@ void merge(const AttendCall& c, const WorkItem* items, int count) {
 }
 
 void attend(TensorView q, TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_ring, TensorView k_pages,
-            TensorView v_pages, TensorView sequences, TensorView pages, TensorView formats, int64_t page,
-            double scaling, TensorView out) {
-  const Cache cache =
-      read_cache(k_new, v_new, k_ring, v_ring, k_pages, v_pages, sequences, pages, formats, page);
+            TensorView v_pages, TensorView k_sinks, TensorView v_sinks, TensorView sequences, TensorView pages,
+            TensorView formats, int64_t page, double scaling, TensorView out) {
+  const Cache cache = read_cache(k_new, v_new, k_ring, v_ring, k_pages, v_pages, k_sinks, v_sinks, sequences, pages,
+                                 formats, page);
   KVTUNER_CHECK(q.size(1) % cache.kv_heads == 0 && q.size(2) == cache.head_dim, "q does not fit K");
   KVTUNER_CHECK(out.stride(2) == 1 && dtype_of(out) == dtype_of(q), "out does not fit q");
   const AttendCall c{rows_of(q), cache.k_new, cache.v_new, cache.k_ring, cache.v_ring, out.data_ptr(), out.stride(0),
                      out.stride(1), cache.k_pages, cache.v_pages, cache.key, cache.value, cache.sequences, cache.pages,
                      cache.ring_length, cache.kv_heads, (int)(q.size(1) / cache.kv_heads), cache.head_dim,
-                     (float)scaling};
+                     (float)scaling, cache.k_sinks, cache.v_sinks, cache.sinks};
   const Body& b = body();
   const int threads = omp_get_max_threads();
   Schedule plan = make_schedule(c, cache.count, threads);
@@ -187,8 +198,10 @@ struct PackTask {
 };
 
 void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_ring, TensorView k_pages,
-           TensorView v_pages, TensorView sequences, TensorView pages, TensorView formats, int64_t page) {
-  const Cache c = read_cache(k_new, v_new, k_ring, v_ring, k_pages, v_pages, sequences, pages, formats, page);
+           TensorView v_pages, TensorView k_sinks, TensorView v_sinks, TensorView sequences, TensorView pages,
+           TensorView formats, int64_t page) {
+  const Cache c = read_cache(k_new, v_new, k_ring, v_ring, k_pages, v_pages, k_sinks, v_sinks, sequences, pages,
+                             formats, page);
   const Body& b = body();
   const int dim = c.head_dim;
   std::vector<PackTask> tasks;
@@ -213,6 +226,9 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
       b.load_rows(from.dtype, row_at(from, row, head), dim, rows.data() + t * dim);
     }
     const int64_t id = c.pages[s.page_begin + task.page_index];
+    const RowSource& sinks = value ? c.v_sinks : c.k_sinks;
+    for (int t = 0; t < (task.page_index == 0 ? c.sinks : 0); ++t)
+      store_floats(sinks.dtype, (char*)row_at(sinks, id * c.sinks + t, head), rows.data() + t * dim, 1.f, dim);
     b.pack(f, rows.data(), (value ? c.v_pages : c.k_pages) + (id * c.kv_heads + head) * f.block_bytes(), codes.data());
   };
   const auto keep_one = [&](int64_t i) {
@@ -244,8 +260,9 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
 
 // x: [pages, page, head_dim] to blocks uint8 [pages, block_bytes]. bits 16 packs bfloat16.
 void pack_pages(TensorView x, TensorView blocks, int64_t bits, int64_t asym, int64_t axis, int64_t group,
-                int64_t token_lanes) {
-  const BlockFormat f{(int)bits, (int)asym, (int)axis, (int)group, (int)x.size(1), (int)x.size(2), (int)token_lanes};
+                int64_t token_lanes, int64_t hadamard) {
+  const BlockFormat f{(int)bits,       (int)asym,      (int)axis,        (int)group,
+                      (int)x.size(1), (int)x.size(2), (int)token_lanes, (int)hadamard};
   check_format(f);
   KVTUNER_CHECK(blocks.size(1) == f.block_bytes() && blocks.size(0) == x.size(0), "blocks have another format");
   KVTUNER_CHECK(x.stride(2) == 1 && x.stride(1) == f.head_dim, "pages must be contiguous");

@@ -14,7 +14,7 @@ inline int run_pages(const AttendCall& c, int rows) {
 }
 
 struct Scratch {
-  float *q, *scores, *folded;
+  float *q, *page_q, *scores, *folded;  // page_q: rotated where packed keys are
   Left keys, values[kRunPages];
   TailScratch tail;
   State state;
@@ -27,6 +27,7 @@ struct Scratch {
     Carver carve{(char*)memory};
     const int dim = c.head_dim, page = c.key.page, tokens = page * run > kTailTokens ? page * run : kTailTokens;
     q = carve.take<float>(rows * dim);
+    page_q = c.key.hadamard ? carve.take<float>(rows * dim) : q;
     scores = carve.take<float>(rows * tokens);
     folded = carve.take<float>(page > dim ? page : dim);
     keys = Left::carve(carve, key, rows);
@@ -55,6 +56,10 @@ inline void load_queries(const AttendCall& c, const WorkItem& item, Scratch& s) 
     for (int i = 0; i < dim; i += 16) f_store(q + i, f_mul(f_load(q + i), factor));
     s.state.most[r] = kNothing;
   }
+  if (c.key.hadamard) {
+    memcpy(s.page_q, s.q, sizeof(float) * rows * dim);
+    for (int r = 0; r < rows; ++r) rotate_row(s.page_q + r * dim, dim, c.key.hadamard, s.folded);
+  }
   memset(s.state.sums, 0, sizeof(float) * rows * kLanes);
   memset(s.state.acc, 0, sizeof(float) * rows * dim);
 }
@@ -71,14 +76,15 @@ inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, 
   for (int64_t u = item.unit_begin; u < last && u < item.unit_begin + s.run; ++u)
     Prefetch{key_block(u), 0}.fetch(s.key.bytes / kVectorBytes);
   const bool keys_once = s.key.bits == 16 || s.key.reduction_groups;
-  if (keys_once) prepare(s.key, nullptr, s.q, dim, rows, s.folded, s.keys);
+  if (keys_once) prepare(s.key, nullptr, s.page_q, dim, rows, s.folded, s.keys);
   for (int64_t u = item.unit_begin; u < last; u += s.run) {
     const int count = (int)(last - u < s.run ? last - u : s.run);
     for (int j = 0; j < count; ++j) {
-      if (!keys_once) prepare(s.key, key_block(u + j), s.q, dim, rows, s.folded, s.keys);
-      multiply(s.key, key_block(u + j), s.q, dim, s.keys, rows, s.scores + j * page, stride, false, value_block(u + j),
+      if (!keys_once) prepare(s.key, key_block(u + j), s.page_q, dim, rows, s.folded, s.keys);
+      multiply(s.key, key_block(u + j), s.page_q, dim, s.keys, rows, s.scores + j * page, stride, false, value_block(u + j),
                s.value.bytes);
     }
+    if (u == 0) hide_sinks(c, s.scores, rows, stride);
     for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * stride, count * page);
     for (int j = 0; j < count; ++j)
       prepare(s.value, value_block(u + j), s.scores + j * page, stride, rows, s.folded, s.values[j]);
@@ -109,6 +115,7 @@ void attend(const AttendCall& c, const WorkItem& item, void* memory) {
   load_queries(c, item, s);
   const int64_t packed = seq.packed_end / c.key.page;
   attend_pages(c, item, s, item.unit_end < packed ? item.unit_end : packed);
+  if (item.unit_begin == 0 && packed > 0) attend_sinks(c, item, s.q, s.state, s.tail);
   const int64_t visible_end = seq.prior + item.token_end;
   for (int64_t u = item.unit_begin > packed ? item.unit_begin : packed; u < item.unit_end; ++u) {
     const int64_t begin = seq.packed_end + (u - packed) * kTailTokens, end = begin + kTailTokens;

@@ -26,18 +26,32 @@ inline const void* row_at(const RowSource& s, int64_t row, int64_t head) {
 struct TileRows {
   const void *key[kTailTokens], *value[kTailTokens];
   int count;
-
-  TileRows(const AttendCall& c, const WorkItem& item, int64_t begin, int64_t end) : count((int)(end - begin)) {
-    const Sequence& s = c.sequences[item.sequence];
-    for (int t = 0; t < count; ++t) {
-      const int64_t position = begin + t;
-      const bool fresh = position >= s.prior;
-      const int64_t row = fresh ? s.first + position - s.prior : s.slot * c.ring_length + position % c.ring_length;
-      key[t] = row_at(fresh ? c.k_new : c.k_ring, row, item.kv_head);
-      value[t] = row_at(fresh ? c.v_new : c.v_ring, row, item.kv_head);
-    }
-  }
 };
+
+inline TileRows tail_rows(const AttendCall& c, const WorkItem& item, int64_t begin, int64_t end) {
+  const Sequence& s = c.sequences[item.sequence];
+  TileRows tile;
+  tile.count = (int)(end - begin);
+  for (int t = 0; t < tile.count; ++t) {
+    const int64_t position = begin + t;
+    const bool fresh = position >= s.prior;
+    const int64_t row = fresh ? s.first + position - s.prior : s.slot * c.ring_length + position % c.ring_length;
+    tile.key[t] = row_at(fresh ? c.k_new : c.k_ring, row, item.kv_head);
+    tile.value[t] = row_at(fresh ? c.v_new : c.v_ring, row, item.kv_head);
+  }
+  return tile;
+}
+
+inline TileRows sink_rows(const AttendCall& c, const WorkItem& item, int begin, int end) {
+  const int64_t page = c.pages[c.sequences[item.sequence].page_begin];
+  TileRows tile;
+  tile.count = end - begin;
+  for (int t = begin; t < end; ++t) {
+    tile.key[t - begin] = row_at(c.k_sinks, page * c.sinks + t, item.kv_head);
+    tile.value[t - begin] = row_at(c.v_sinks, page * c.sinks + t, item.kv_head);
+  }
+  return tile;
+}
 
 // Above this many rows of queries a tile is turned, so that tokens are lanes; below, that would not pay.
 constexpr int kFewRows = 8;
@@ -138,13 +152,31 @@ inline void attend_many(const AttendCall& c, const WorkItem& item, const float* 
                       nullptr});
 }
 
-inline void attend_tail(const AttendCall& c, const WorkItem& item, const float* q, State& state, TailScratch& s,
-                        int64_t begin, int64_t end) {
-  const TileRows tile(c, item, begin, end);
+inline void attend_tile(const AttendCall& c, const WorkItem& item, const float* q, State& state, const TileRows& tile,
+                        int64_t begin, TailScratch& s) {
   if (state.rows > kFewRows) return attend_many(c, item, q, state, tile, begin, s);
   switch (c.k_new.dtype) {
     case Dtype::f32: return attend_few<Dtype::f32>(c, item, q, state, tile, begin, s.scores);
     case Dtype::bf16: return attend_few<Dtype::bf16>(c, item, q, state, tile, begin, s.scores);
     case Dtype::f16: return attend_few<Dtype::f16>(c, item, q, state, tile, begin, s.scores);
+  }
+}
+
+inline void attend_tail(const AttendCall& c, const WorkItem& item, const float* q, State& state, TailScratch& s,
+                        int64_t begin, int64_t end) {
+  attend_tile(c, item, q, state, tail_rows(c, item, begin, end), begin, s);
+}
+
+// A first page's codes of sinks are not looked at ...
+inline void hide_sinks(const AttendCall& c, float* scores, int rows, int stride) {
+  for (int r = 0; r < rows; ++r)
+    for (int t = 0; t < c.sinks; ++t) scores[r * stride + t] = -1e38f;
+}
+
+// ... but the rows that are kept beside it.
+inline void attend_sinks(const AttendCall& c, const WorkItem& item, const float* q, State& state, TailScratch& s) {
+  for (int begin = 0; begin < c.sinks; begin += kTailTokens) {
+    const int end = c.sinks - begin < kTailTokens ? c.sinks : begin + kTailTokens;
+    attend_tile(c, item, q, state, sink_rows(c, item, begin, end), begin, s);
   }
 }

@@ -39,6 +39,10 @@ struct AttendCall {
   int64_t ring_length;
   int kv_heads, group, head_dim;
   float scaling;
+  // Full-precision rows of the first `sinks` tokens of a sequence, which hide those of its first page: row
+  // page id * sinks + position.
+  RowSource k_sinks, v_sinks;
+  int sinks;
 };
 
 constexpr int kTailTokens = 64;
@@ -57,8 +61,8 @@ struct Body {
   bool (*supported)();
   int64_t (*scratch_bytes)(const AttendCall&);
   void (*attend)(const AttendCall&, const WorkItem&, void* scratch);
-  // rows [page][head_dim] of floats to a block; codes: scratch of page * head_dim bytes.
-  void (*pack)(const BlockFormat&, const float* rows, uint8_t* block, uint8_t* codes);
+  // rows [page][head_dim] of floats, which may be overwritten, to a block; codes: scratch of page * head_dim bytes.
+  void (*pack)(const BlockFormat&, float* rows, uint8_t* block, uint8_t* codes);
   void (*load_rows)(Dtype, const void* from, int64_t count, float* to);
 };
 

@@ -60,7 +60,9 @@ inline void code_rows_per_channel(const BlockFormat& f, const float* x, uint16_t
   }
 }
 
-void pack(const BlockFormat& f, const float* x, uint8_t* block, uint8_t* codes) {
+void pack(const BlockFormat& f, float* x, uint8_t* block, uint8_t* codes) {
+  if (f.hadamard)
+    for (int t = 0; t < f.page; ++t) rotate_row(x + t * f.head_dim, f.head_dim, f.hadamard, (float*)codes);
   if (f.bits == 16) return pack_bf16(f, x, block);
   uint16_t* scales = (uint16_t*)(block + f.code_bytes());
   int16_t* zeros = (int16_t*)(block + f.code_bytes() + f.scale_bytes());

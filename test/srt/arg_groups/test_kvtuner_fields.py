@@ -20,6 +20,8 @@ DEFAULTS = {
     "kvtuner_axis_value": 0,
     "kvtuner_q_group_size": 64,
     "kvtuner_residual_length": 128,
+    "kvtuner_sink_length": 0,
+    "kvtuner_hadamard_key": False,
     "kvtuner_config": None,
 }
 
@@ -51,16 +53,21 @@ def test_defaults():
     [
         ("--enable-kvtuner-quant", {"enable_kvtuner_quant": True}),
         ("--kvtuner-nbits-key 8 --kvtuner-nbits-value 2", {"kvtuner_nbits_key": 8, "kvtuner_nbits_value": 2}),
+        ("--kvtuner-nbits-key 16 --kvtuner-nbits-value 16", {"kvtuner_nbits_key": 16, "kvtuner_nbits_value": 16}),
         ("--kvtuner-axis-key 1", {"kvtuner_axis_key": 1}),
         ("--kvtuner-axis-value=1", {"kvtuner_axis_value": 1}),
         ("--kvtuner-q-group-size 32", {"kvtuner_q_group_size": 32}),
         ("--kvtuner-q-group-size -1", {"kvtuner_q_group_size": -1}),
         ("--kvtuner-residual-length 0", {"kvtuner_residual_length": 0}),
+        ("--kvtuner-sink-length 4", {"kvtuner_sink_length": 4}),
         ("--kvtuner-config preset.yaml", {"kvtuner_config": "preset.yaml"}),
         ("--kvtuner-asym", {"kvtuner_asym": True}),
         ("--kvtuner-asym true", {"kvtuner_asym": True}),
         ("--kvtuner-asym=True", {"kvtuner_asym": True}),
         ("--kvtuner-asym false", {}),
+        ("--kvtuner-hadamard-key", {"kvtuner_hadamard_key": True}),
+        ("--kvtuner-hadamard-key=true --kvtuner-axis-key 0", {"kvtuner_hadamard_key": True}),
+        ("--kvtuner-hadamard-key false", {}),
         ("--kvtuner-asym --kvtuner-axis-key 1", {"kvtuner_asym": True, "kvtuner_axis_key": 1}),
         ("--kvtuner-asym true --kvtuner-asym false", {}),
     ],
@@ -74,8 +81,8 @@ def test_command_line(argv, expected):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--kvtuner-nbits-key 3", "--kvtuner-nbits-key: invalid choice: 3 (choose from 2, 4, 8)"),
-        ("--kvtuner-nbits-value 16", "--kvtuner-nbits-value: invalid choice: 16"),
+        ("--kvtuner-nbits-key 3", "--kvtuner-nbits-key: invalid choice: 3 (choose from 2, 4, 8, 16)"),
+        ("--kvtuner-nbits-value 32", "--kvtuner-nbits-value: invalid choice: 32"),
         ("--kvtuner-axis-key 2", "--kvtuner-axis-key: invalid choice: 2 (choose from 0, 1)"),
         ("--kvtuner-axis-value -1", "--kvtuner-axis-value: invalid choice: -1"),
         ("--kvtuner-asym yes", "--kvtuner-asym: 'yes' is neither true nor false"),
@@ -97,6 +104,7 @@ def test_command_lines_that_are_refused(argv, message, capsys):
     [
         ("kvtuner-asym: true\n", {"kvtuner_asym": True}),
         ("kvtuner-asym: false\n", {}),
+        ("kvtuner-hadamard-key: true\n", {"kvtuner_hadamard_key": True}),
         ("kvtuner_asym: true\n", None),  # upstream passes the key on as it is, and the flag has dashes
         ("enable-kvtuner-quant: true\nkvtuner-nbits-key: 8\n", {"enable_kvtuner_quant": True, "kvtuner_nbits_key": 8}),
         ("enable-kvtuner-quant: false\n", {}),

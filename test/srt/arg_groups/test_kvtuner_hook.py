@@ -70,12 +70,13 @@ def test_page_sizes_that_are_refused(model, page_size):
     [
         ("kvtuner_nbits_key", 3),
         ("kvtuner_nbits_key", "4"),
-        ("kvtuner_nbits_value", 16),
+        ("kvtuner_nbits_value", 32),
         ("kvtuner_nbits_value", None),
         ("kvtuner_axis_key", 2),
         ("kvtuner_axis_value", -1),
         ("kvtuner_asym", "yes"),
         ("kvtuner_asym", "true"),
+        ("kvtuner_hadamard_key", 1),
         ("kvtuner_q_group_size", 0),
         ("kvtuner_q_group_size", -2),
         ("kvtuner_q_group_size", 48),
@@ -83,6 +84,9 @@ def test_page_sizes_that_are_refused(model, page_size):
         ("kvtuner_q_group_size", None),
         ("kvtuner_residual_length", -1),
         ("kvtuner_residual_length", 1.5),
+        ("kvtuner_sink_length", -1),
+        ("kvtuner_sink_length", 65),
+        ("kvtuner_sink_length", None),
     ],
 )
 def test_values_that_cannot_work(model, field, value):
@@ -107,6 +111,9 @@ def test_axis_1_with_a_group_that_the_page_does_not_hold(model, which):
         {"kvtuner_q_group_size": -1},
         {"kvtuner_q_group_size": 16, "kvtuner_axis_key": 1, "page_size": 16},
         {"kvtuner_nbits_key": 8, "kvtuner_nbits_value": 2, "kvtuner_asym": True, "kvtuner_axis_value": 1},
+        {"kvtuner_nbits_key": 16, "kvtuner_nbits_value": 4},
+        {"kvtuner_hadamard_key": True},
+        {"kvtuner_sink_length": 64},
         {"kvtuner_residual_length": 0},
         {"kvtuner_residual_length": 1_000_000},
         {"tp_size": 2},
@@ -144,6 +151,8 @@ def test_presets(model, tmp_path):
         ("kvtuner_axis_value", 1),
         ("kvtuner_q_group_size", 32),
         ("kvtuner_residual_length", 0),
+        ("kvtuner_sink_length", 4),
+        ("kvtuner_hadamard_key", True),
         ("kvtuner_config", "preset.yaml"),
     ],
 )

@@ -10,6 +10,8 @@ NAMES = {
     "nbits_key": "--kvtuner-nbits-key",
     "nbits_value": "--kvtuner-nbits-value",
     "asym": "--kvtuner-asym",
+    "sink_length": "--kvtuner-sink-length",
+    "hadamard_key": "--kvtuner-hadamard-key",
     "axis_key": "--kvtuner-axis-key",
     "axis_value": "--kvtuner-axis-value",
     "group_size": "--kvtuner-q-group-size",
@@ -26,9 +28,9 @@ def refused(field, value, **others):
 
 
 @pytest.mark.parametrize("field", ("nbits_key", "nbits_value"))
-@pytest.mark.parametrize("value", (0, 1, 3, 5, 6, 7, 16, -4, None, "4", 4.0, True))
-def test_bits_other_than_2_4_8(field, value):
-    assert "valid are 2, 4, 8" in refused(field, value)
+@pytest.mark.parametrize("value", (0, 1, 3, 5, 6, 7, 15, 32, -4, None, "4", 4.0, True))
+def test_bits_other_than_2_4_8_16(field, value):
+    assert "valid are 2, 4, 8, 16" in refused(field, value)
 
 
 @pytest.mark.parametrize("field", ("axis_key", "axis_value"))
@@ -37,9 +39,10 @@ def test_axis_other_than_0_1(field, value):
     assert "valid are 0, 1" in refused(field, value)
 
 
+@pytest.mark.parametrize("field", ("asym", "hadamard_key"))
 @pytest.mark.parametrize("value", ("yes", "true", 1, 0, None))
-def test_asym_that_is_no_bool(value):
-    assert "valid are True, False" in refused("asym", value)
+def test_switches_that_are_no_bool(field, value):
+    assert "valid are True, False" in refused(field, value)
 
 
 @pytest.mark.parametrize("value", (0, -2, -64))
@@ -47,15 +50,16 @@ def test_groups_without_elements(value):
     assert "-1 for the whole head_dim" in refused("group_size", value)
 
 
-@pytest.mark.parametrize("field", ("group_size", "residual_length"))
+@pytest.mark.parametrize("field", ("group_size", "residual_length", "sink_length"))
 @pytest.mark.parametrize("value", (None, "64", 64.0, True))
 def test_numbers_that_are_no_integers(field, value):
     assert "an integer is needed" in refused(field, value)
 
 
+@pytest.mark.parametrize("field", ("residual_length", "sink_length"))
 @pytest.mark.parametrize("value", (-1, -128))
-def test_negative_residual(value):
-    assert "0 and above" in refused("residual_length", value)
+def test_negative_lengths(field, value):
+    assert "0 and above" in refused(field, value)
 
 
 @pytest.mark.parametrize("axis", ("axis_key", "axis_value"))
@@ -68,9 +72,11 @@ def test_group_of_minus_one_needs_axis_0(axis):
     [
         {},
         {"nbits_key": 8, "nbits_value": 2, "asym": True},
+        {"nbits_key": 16, "nbits_value": 4},
         {"axis_key": 1, "axis_value": 1, "group_size": 32},
         {"group_size": -1, "residual_length": 0},
         {"residual_length": 100_000},
+        {"sink_length": 4},
     ],
 )
 def test_values_that_work(fields):
@@ -88,11 +94,13 @@ def test_from_args_reads_every_flag():
         kvtuner_axis_value=0,
         kvtuner_q_group_size=32,
         kvtuner_residual_length=7,
+        kvtuner_sink_length=3,
+        kvtuner_hadamard_key=True,
         kvtuner_config="preset.yaml",
     )
     assert set(given) == set(FLAG_OF_FIELD)
     config = KVTunerConfig.from_args(SimpleNamespace(**given))
-    assert config == KVTunerConfig(8, 2, True, 1, 0, 32, 7, "preset.yaml")
+    assert config == KVTunerConfig(8, 2, True, 1, 0, 32, 7, 3, True, "preset.yaml")
 
 
 def test_flags_are_the_fields_with_dashes():

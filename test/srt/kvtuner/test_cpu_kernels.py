@@ -9,6 +9,7 @@ import torch
 from sglang.srt.kvtuner import dispatch, kernels_cpu
 from sglang.srt.kvtuner.backend import attend
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.hadamard import block_size
 from sglang.srt.kvtuner.page_codec import encode_pages
 from sglang.srt.kvtuner.plan import CachePlan
 from sglang.srt.kvtuner.pool import KVTunerTokenToKVPool
@@ -31,17 +32,22 @@ def isa(request):
         yield request.param
 
 
-def tensor_format(nbits, asym, axis, group, page, head_dim, token_lanes):
+def tensor_format(nbits, asym, axis, group, page, head_dim, token_lanes, rotated=False):
+    if nbits == 16:
+        return TensorFormat.unquantized(page, head_dim, token_lanes)
     return TensorFormat(
-        nbits=nbits, asym=asym, axis=axis, group_size=group, page_size=page, head_dim=head_dim, token_lanes=token_lanes
-    )
+        nbits=nbits, asym=asym, axis=axis, group_size=group, page_size=page, head_dim=head_dim, token_lanes=token_lanes,
+        hadamard=block_size(head_dim) if rotated else 0,
+    )  # fmt: skip
 
 
 def random_format(rng, page, head_dim, token_lanes, asym=None):
+    nbits = rng.choice((2, 4, 8, 16))
     axis = rng.choice((0, 1))
     divisors = [g for g in (16, 32, 48, 64, 80, 96, 128, 256) if (head_dim if axis == 0 else page) % g == 0]
     asym = rng.random() < 0.5 if asym is None else asym
-    return tensor_format(rng.choice((2, 4, 8)), asym, axis, rng.choice(divisors), page, head_dim, token_lanes)
+    rotated = token_lanes and rng.random() < 0.5
+    return tensor_format(nbits, asym, axis, rng.choice(divisors), page, head_dim, token_lanes, rotated)
 
 
 @pytest.mark.parametrize("token_lanes", [True, False], ids=["keys", "values"])
@@ -60,11 +66,21 @@ def test_packed_bytes_equal_the_reference(isa, nbits, asym, axis, token_lanes):
                     assert torch.equal(kernels_cpu.pack_pages(pages, fmt), encode_pages(pages, fmt)), (fmt, size, shift)
 
 
+@pytest.mark.parametrize("token_lanes", [True, False], ids=["keys", "values"])
+def test_unquantized_bytes_equal_the_reference(isa, token_lanes):
+    torch.manual_seed(0)
+    for page, head_dim in [(64, 64), (32, 96), (16, 80), (128, 256)]:
+        fmt = TensorFormat.unquantized(page, head_dim, token_lanes)
+        x = torch.randn(3, page, head_dim) * torch.logspace(-42, 38, head_dim)  # from subnormal to nearly infinite
+        for pages in (x, x.bfloat16(), torch.randn(3, page, head_dim).half()):
+            assert torch.equal(kernels_cpu.pack_pages(pages, fmt), encode_pages(pages, fmt)), fmt
+
+
 class Case:
     """A cache filled by the reference, twice: one to run the kernels on, one for the reference."""
 
-    def __init__(self, key, value, heads, kv_heads, residual, dtype, max_tokens=512):
-        self.plan = CachePlan((LayerFormat(key, value),), key.page_size, residual)
+    def __init__(self, key, value, heads, kv_heads, residual, dtype, max_tokens=512, sinks=0):
+        self.plan = CachePlan((LayerFormat(key, value),), key.page_size, residual, sinks)
         self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, key.head_dim, dtype
         page, tokens = key.page_size, -(-max_tokens // key.page_size) * key.page_size
         pages = torch.randperm(SLOTS * tokens // page) + 1
@@ -108,7 +124,8 @@ class Case:
             expected_pool.store(0, step, k_new, v_new)
             keys, values = torch.cat([k_prior, k_new.float()]), torch.cat([v_prior, v_new.float()])
             expected[step.tokens] = attend(q[step.tokens], keys, values, scaling=scaling)
-        for ours, theirs in [(pool, expected_pool), (pool.window, expected_pool.window)]:
+        whole = [(p, p.window, p.sinks) for p in (pool, expected_pool)]
+        for ours, theirs in zip(*whole):
             assert torch.equal(ours.keys[0], theirs.keys[0]) and torch.equal(ours.values[0], theirs.values[0])
         return ((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
@@ -134,15 +151,19 @@ def test_attention_and_stored_step(isa, shape, group):
     for head_dim in (64, 80, 96, 128, 256):
         torch.manual_seed(head_dim)
         key, value = (random_format(rng, 64, head_dim, lanes) for lanes in (True, False))
-        case = Case(key, value, 2 * group, 2, rng.choice((0, 64, 128)), torch.float32, max(map(sum, zip(priors, news))))
+        longest, residual, sinks = max(map(sum, zip(priors, news))), rng.choice((0, 64, 128)), rng.choice((0, 3))
+        case = Case(key, value, 2 * group, 2, residual, torch.float32, longest, sinks)
         case.fill(priors)
         error = case.step(priors, news)
         assert error <= TOLERANCE, (key, value, error)
 
 
+BITS = [(2, 2), (4, 4), (8, 8), (8, 4), (4, 2), (2, 8), (16, 4), (2, 16), (16, 16)]
+
+
 @pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize("axes", [(0, 0), (0, 1), (1, 0), (1, 1)])
-@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (8, 4), (4, 2), (2, 8)], ids=lambda b: f"K{b[0]}V{b[1]}")
+@pytest.mark.parametrize("bits", BITS, ids=lambda b: f"K{b[0]}V{b[1]}")
 def test_formats(isa, bits, axes, asym):
     torch.manual_seed(0)
     for group, page in [(64, 64), (16, 32)]:
@@ -152,6 +173,45 @@ def test_formats(isa, bits, axes, asym):
         case.fill([300, 129])
         assert case.step([300, 129], [1, 1]) <= TOLERANCE
         assert case.step([301, 130], [90, 1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
+def test_rotated_bytes_equal_the_reference(isa, asym, axis):
+    torch.manual_seed(0)
+    for nbits, page, head_dim in [(4, 64, 64), (2, 64, 128), (8, 32, 96), (4, 16, 80), (4, 64, 256)]:
+        fmt = tensor_format(nbits, asym, axis, 16, page, head_dim, True, rotated=True)
+        for size, shift in [(1, 0), (1, 30), (1e-6, 0), (1e4, 1e3), (0, 0)]:
+            pages = torch.randn(3, page, head_dim) * size + torch.randn(head_dim) * shift
+            assert torch.equal(kernels_cpu.pack_pages(pages, fmt), encode_pages(pages, fmt)), (fmt, size, shift)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_attention_over_rotated_keys(isa, head_dim, axis):
+    """The packed prefix is rotated, the window and the step's own rows are not."""
+    torch.manual_seed(0)
+    key = tensor_format(4, True, axis, 16, 64, head_dim, True, rotated=True)
+    case = Case(key, tensor_format(8, False, 0, 16, 64, head_dim, False), 6, 2, 64, torch.float32)
+    case.fill([400, 70, 10])
+    for priors, news in [([400, 70, 10], [1, 1, 1]), ([401, 71, 11], [90, 200, 1])]:
+        assert case.step(priors, news) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("page, sinks", [(64, 1), (64, 4), (64, 64), (128, 100), (128, 128)])
+def test_sinks(isa, page, sinks, dtype):
+    """Also a whole page of them, and more than a tile; the requests are within their first page, past it, and far."""
+    torch.manual_seed(0)
+    formats = (tensor_format(2, True, 1, 64, page, 64, True), tensor_format(2, False, 0, 64, page, 64, False))
+    case = Case(*formats, 6, 2, 0, dtype, sinks=sinks)
+    case.fill([page - 1, page, 3 * page + 7])
+    tolerance = TOLERANCE + torch.finfo(dtype).eps / 2
+    for step in range(2):  # the second reads the sinks that the first one stored
+        assert case.step([page - 1 + step, page + step, 3 * page + 7 + step], [1, 1, 1]) <= tolerance
+    assert case.step([page + 1, page + 2, 3 * page + 9], [70, 1, page]) <= tolerance
+    stored = (case.pools[0].sinks.keys[0] != 0).flatten(1).any(1).sum()
+    assert stored == 3, "the first pages of three requests"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

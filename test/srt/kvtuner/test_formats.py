@@ -49,6 +49,14 @@ def test_parts_of_a_block():
     assert (fmt.code_bytes, fmt.scale_bytes, fmt.zero_bytes) == (16 * 80, 16 * 2 * 2, 0)
 
 
+@pytest.mark.parametrize("token_lanes", (False, True))
+@pytest.mark.parametrize("page, head_dim", [(64, 64), (16, 80), (8, 13)])
+def test_unquantized_blocks_are_values_alone(page, head_dim, token_lanes):
+    fmt = TensorFormat.unquantized(page, head_dim, token_lanes)
+    assert fmt.block_bytes == fmt.code_bytes == page * head_dim * 2 and fmt.stored_bits == 16
+    assert encode_pages(torch.zeros(3, page, head_dim), fmt).shape == (3, fmt.block_bytes)
+
+
 def test_a_layer_adds_its_halves():
     key, value = TensorFormat(8, True, 1, 32, 64, 64), TensorFormat(2, False, 0, 64, 64, 64)
     assert LayerFormat(key, value).page_bytes_per_head == key.block_bytes + value.block_bytes
@@ -64,6 +72,12 @@ def test_a_layer_adds_its_halves():
         ((4, False, 0, 13, 64, 13), "head_dim 13 at 4 bits does not fill whole bytes"),
         ((2, False, 0, 6, 64, 6), "head_dim 6 at 2 bits"),
         ((3, False, 0, 8, 64, 64), "nbits is 3"),
+        ((16, True, 0, 64, 64, 64), "16 bits have no groups"),
+        ((16, False, 1, 64, 64, 64), "16 bits have no groups"),
+        ((16, False, 0, 32, 64, 64), "16 bits have no groups"),
+        ((16, False, 0, 64, 64, 64, True, 64), "16 bits have no groups"),
+        ((4, False, 0, 16, 64, 80, True, 32), "a rotation block of 32 is no power of two that divides 80"),
+        ((4, False, 0, 16, 64, 80, True, 80), "a rotation block of 80"),
     ],
 )
 def test_formats_that_cannot_be_stored_are_refused(arguments, message):

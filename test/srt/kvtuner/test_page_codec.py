@@ -95,6 +95,30 @@ def test_what_does_not_fill_vectors_is_stored_row_by_row():
     assert bytes(encode_pages(x, fmt).tolist()) == codes + expected.scale.numpy().astype("<f2").T.tobytes()
 
 
+UNQUANTIZED = [
+    TensorFormat.unquantized(page, head_dim, lanes) for page, head_dim in [(64, 64), (32, 80)] for lanes in (False, True)
+]
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0, 2)])
+@pytest.mark.parametrize("fmt", [*UNQUANTIZED, TensorFormat.unquantized(8, 9, True)], ids=str)
+def test_unquantized_pages_are_the_values_in_bfloat16(fmt, lead):
+    x = pages(fmt, *lead)
+    for given in (x, x.half(), x.bfloat16()):
+        decoded = decode_pages(encode_pages(given, fmt), fmt)
+        assert decoded.dtype == torch.float32 and torch.equal(decoded, given.bfloat16().float())
+
+
+@pytest.mark.parametrize("fmt", UNQUANTIZED, ids=str)
+def test_bytes_of_unquantized_pages(fmt):
+    x = pages(fmt, 1)[0].bfloat16()
+    raw, values = bytes(encode_pages(x, fmt).tolist()), x.view(torch.int16).numpy().astype("<i2")
+    for token in range(fmt.page_size):
+        for channel in range(fmt.head_dim):
+            byte, shift = place_of(fmt, token, channel)
+            assert shift == 0 and raw[byte : byte + 2] == values[token, channel].tobytes()
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_half_precision_pages(dtype):
     fmt = FORMATS[0]

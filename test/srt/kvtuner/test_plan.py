@@ -47,6 +47,58 @@ def test_a_preset_overrides_the_bits_only(tmp_path):
     assert "K2V8/K4V4/K8V4" in plan.describe()
 
 
+def test_layers_that_are_left_alone(tmp_path):
+    plan = plan_of(preset=write_preset(tmp_path, (16, 4), (4, 16), (16, 16)), asym=True, axis_key=1, group_size=32)
+    assert [(layer.key.quantized, layer.value.quantized) for layer in plan.layers] == [
+        (False, True), (True, False), (False, False)
+    ]  # fmt: skip
+    assert plan.nominal_bits() == (12, 12) and plan.stored_bits() == ((16 + 5 + 16) / 3, (5 + 16 + 16) / 3)
+    assert "K16V16/K16V4/K4V16, asymmetric, K per channel g32, V per token g32" in plan.describe()
+    assert plan_of(nbits_key=16).describe().startswith("3 layers K16V4, symmetric, K bfloat16, V per token g64, ")
+    assert plan_of(nbits_key=16, nbits_value=16).describe().startswith("3 layers K16V16, K bfloat16, V bfloat16, page")
+
+
+def test_settings_of_the_quantizer_mean_nothing_to_bfloat16_pages():
+    bfloat16 = plan_of(nbits_key=16, nbits_value=16)
+    # Not even that a group must divide the head.
+    other = plan_of(nbits_key=16, nbits_value=16, asym=True, axis_key=1, axis_value=1, group_size=48)
+    assert other.digest() == bfloat16.digest() and bfloat16.stored_bits() == (16, 16)
+    with pytest.raises(KVTunerConfigError, match="--kvtuner-q-group-size is 48 with --kvtuner-axis-value 0"):
+        plan_of(nbits_key=16, group_size=48)
+
+
+@pytest.mark.parametrize("head_dim, block", [(128, 128), (80, 16), (96, 32)])
+def test_rotated_keys(head_dim, block):
+    plan = plan_of({**MODEL, "head_dim": head_dim}, hadamard_key=True, group_size=16)
+    assert {(layer.key.hadamard, layer.value.hadamard) for layer in plan.layers} == {(block, 0)}
+    assert "K per token g16 rotated, V per token g16, " in plan.describe()
+    assert plan.stored_bits() == plan_of({**MODEL, "head_dim": head_dim}, group_size=16).stored_bits()
+
+
+def test_a_preset_chooses_the_layers_whose_keys_are_rotated(tmp_path):
+    path = tmp_path / "rotated.yaml"
+    bits = "nbits_key: 4, nbits_value: 4"
+    path.write_text(f"0: {{{bits}}}\n1: {{{bits}, hadamard_key: true}}\n2: {{nbits_key: 16, nbits_value: 4}}\n")
+    assert [layer.key.hadamard for layer in plan_of(preset=str(path)).layers] == [0, 128, 0]
+    assert "K per token g64 rotated in 1 layers" in plan_of(preset=str(path)).describe()
+    # The flag decides where the preset does not; bfloat16 keys are left alone.
+    assert [layer.key.hadamard for layer in plan_of(preset=str(path), hadamard_key=True).layers] == [128, 128, 0]
+
+
+@pytest.mark.parametrize("page_size", (16, 64))
+def test_sinks_fit_a_page(page_size):
+    model = {**MODEL, "page_size": page_size}
+    assert plan_of(model, sink_length=page_size).describe().endswith(f", sinks {page_size}")
+    assert "sinks" not in plan_of(model).describe()
+    message = refusal(model, sink_length=page_size + 1)
+    assert message == f"--kvtuner-sink-length is {page_size + 1}; valid are 0 to {page_size}, one page (--page-size)"
+
+
+def test_odd_heads_cannot_be_rotated():
+    message = refusal({"head_dim": 13}, hadamard_key=True, nbits_key=8, nbits_value=8, group_size=-1)
+    assert message.startswith("--kvtuner-hadamard-key is True: the model's head_dim 13 is odd")
+
+
 @pytest.mark.parametrize("count", (2, 4))
 def test_a_preset_with_fewer_or_more_layers_than_the_model(tmp_path, count):
     preset = write_preset(tmp_path, *[(4, 4)] * count)
@@ -110,6 +162,8 @@ def test_digest_changes_with_every_setting(tmp_path):
         ("axis_value", 1),
         ("group_size", 32),
         ("residual_length", 129),
+        ("sink_length", 1),
+        ("hadamard_key", True),
         ("preset", write_preset(tmp_path, (4, 4), (4, 2), (4, 4))),
     ]:
         plans.append(plan_of(**{**base, field: value}))

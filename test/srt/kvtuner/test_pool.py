@@ -40,8 +40,8 @@ class Request:
 class Oracle:
     """A pool under test beside full-precision copies of every request, and what each page must hold."""
 
-    def __init__(self, page_size, residual, num_pages=160, dtype=torch.bfloat16, seed=0):
-        self.plan, self.dtype = mixed_plan(page_size, residual, head_dim=HEAD_DIM), dtype
+    def __init__(self, page_size, residual, num_pages=160, dtype=torch.bfloat16, seed=0, sinks=0):
+        self.plan, self.dtype = mixed_plan(page_size, residual, head_dim=HEAD_DIM, sinks=sinks), dtype
         self.pool = make_pool(self.plan, num_pages, dtype)
         self.table = RequestTable(page_size, len(SLOTS) + 1, num_pages, max_pages=32, seed=seed)
         self.planner = StepPlanner(self.plan, self.pool.window, self.table)
@@ -93,6 +93,8 @@ class Oracle:
         for first in packed:
             block = encode_pages(tokens[first : first + page].transpose(0, 1), fmt)
             result[first : first + page] = decode_pages(block, fmt).transpose(0, 1)
+        sinks = self.plan.sink_length
+        result[:sinks] = tokens[:sinks].float()  # in packed pages or not
         return result
 
     def _pack(self, slot, prior, end):
@@ -119,10 +121,13 @@ class Oracle:
 WINDOWS = {16: (0, 1, 15, 16, 63, 64, 65, 128), 32: (0, 40), 64: (63, 64, 65, 128, 10_000)}
 
 
-@pytest.mark.parametrize("page_size, residual", [(page, r) for page, residuals in WINDOWS.items() for r in residuals])
-def test_interleaved_requests(page_size, residual):
+@pytest.mark.parametrize(
+    "page_size, residual, sinks",
+    [(page, r, 0) for page, residuals in WINDOWS.items() for r in residuals] + [(16, 0, 4), (16, 20, 16), (32, 40, 1)],
+)
+def test_interleaved_requests(page_size, residual, sinks):
     """Chunks, decodes, prefix hits, and slots and pages that go from request to request."""
-    oracle, rng = Oracle(page_size, residual), random.Random(page_size + residual)
+    oracle, rng = Oracle(page_size, residual, sinks=sinks), random.Random(page_size + residual)
     for slot in SLOTS:
         oracle.begin(slot)
     for _ in range(50):
@@ -171,6 +176,27 @@ def test_a_prefix_of_another_request_is_read_as_packed():
     oracle.begin(1, prefix_of=2, prefix_pages=2)
     oracle.step((1, 1), (2, 1))
     oracle.check_pages()
+
+
+def test_sinks_of_a_page_that_changes_hands():
+    """A request reads the sinks of the page that it found; a page that is first again has those of its new owner."""
+    oracle = Oracle(16, 0, num_pages=4, sinks=4)
+    oracle.begin(1)
+    oracle.step((1, 20))
+    oracle.begin(2, prefix_of=1, prefix_pages=1)
+    oracle.step((2, 1))
+    first = oracle.table.pages[1][0]
+    assert oracle.table.pages[2][0] == first
+    kept = oracle.pool.sinks.keys[0].clone()
+    assert torch.equal(kept[first], oracle.requests[1].tokens[:4, 0, 0])
+    assert not kept[oracle.table.pages[1][1]].any(), "only first pages have sinks"
+    oracle.shared.clear()
+    for slot in (1, 2):
+        oracle.begin(slot)
+    oracle.table.free([first])
+    oracle.step((1, 17))
+    assert oracle.table.pages[1][0] == first and not torch.equal(oracle.pool.sinks.keys[0][first], kept[first])
+    oracle.step((1, 1))
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32))

@@ -36,6 +36,18 @@ def test_layers_come_in_the_order_of_their_indices(write):
     assert load_preset(write(text)) == (LayerBits(8, 4), LayerBits(4, 2))
 
 
+def test_halves_of_a_layer_that_are_left_alone(write):
+    text = "0: {nbits_key: 16, nbits_value: 4}\n1: {nbits_key: 2, nbits_value: 16}\n"
+    assert load_preset(write(text)) == (LayerBits(16, 4), LayerBits(2, 16))
+
+
+def test_layers_may_say_whether_keys_are_rotated(write):
+    text = f"0: {GOOD}\n1: {{{GOOD[1:-1]}, hadamard_key: true}}\n2:\n  0: {{{GOOD[1:-1]}, hadamard_key: False}}\n"
+    path = write(text)
+    assert [layer.hadamard_key for layer in load_preset(path)] == [False, True, False]
+    assert [layer.hadamard_key for layer in load_preset(path, hadamard_key=True)] == [True, True, False]
+
+
 def test_json_comments_quotes_and_anchors(write):
     text = '# made by hand\n{0: &first {"nbits_key": 8, "nbits_value": 4},\n 1: *first}\n'
     assert load_preset(write(text)) == (LayerBits(8, 4),) * 2
@@ -82,14 +94,20 @@ def test_heads_that_agree(write):
         ("0:\n  nbits_key: 8\n  nbits_value: 4\n  group_size: 64\n", 4, "layer 0 has the unknown key 'group_size'"),
         (f"0: &base {GOOD}\n1:\n  <<: *base\n  nbits_key: 2\n", 3, "layer 1 has the unknown key '<<'"),
         ("0:\n  nbits_key: 8\n  nbits_key: 4\n  nbits_value: 4\n", 3, "layer 0 gives nbits_key twice"),
-        ("0:\n  nbits_key: 3\n  nbits_value: 4\n", 2, "nbits_key of layer 0 is '3'; valid are 2, 4, 8"),
-        ("0:\n  nbits_key: 8\n  nbits_value: 16\n", 3, "nbits_value of layer 0 is '16'"),
+        ("0:\n  nbits_key: 3\n  nbits_value: 4\n", 2, "nbits_key of layer 0 is '3'; valid are 2, 4, 8, 16"),
+        ("0:\n  nbits_key: 8\n  nbits_value: 32\n", 3, "nbits_value of layer 0 is '32'"),
         ("0: {nbits_key: -4, nbits_value: 4}\n", 1, "nbits_key of layer 0 is '-4'"),
         ("0: {nbits_key: 4.0, nbits_value: 4}\n", 1, "nbits_key of layer 0 is '4.0'"),
         ("0: {nbits_key: '4', nbits_value: 4}\n", 1, "nbits_key of layer 0 is '4'"),
         ("0: {nbits_key: true, nbits_value: 4}\n", 1, "nbits_key of layer 0 is 'true'"),
         ("0: {nbits_key: , nbits_value: 4}\n", 1, "nbits_key of layer 0 is ''"),
         ("0: {nbits_key: [4], nbits_value: 4}\n", 1, "nbits_key of layer 0 is "),
+        # Rotation.
+        (f"0: {GOOD}\n1: {{{GOOD[1:-1]},\n  hadamard_key: 1}}\n", 3, "hadamard_key of layer 1 is '1'; valid are true"),
+        (f"0: {{{GOOD[1:-1]}, hadamard_key: yes}}\n", 1, "hadamard_key of layer 0 is 'yes'"),
+        (f"0: {{{GOOD[1:-1]}, hadamard_key: 'true'}}\n", 1, "hadamard_key of layer 0 is 'true'"),
+        (f"0: {{{GOOD[1:-1]}, hadamard_key: [true]}}\n", 1, "hadamard_key of layer 0 is "),
+        (f"0:\n  0: {GOOD}\n  1: {{{GOOD[1:-1]}, hadamard_key: true}}\n", 3, "head 1 has K8V4 rotated, others K8V4;"),
         # Heads.
         (f"0:\n  0: {GOOD}\n  1: {{nbits_key: 4, nbits_value: 4}}\n", 3, "heads of layer 0 differ: head 1 has K4V4"),
         (f"0:\n  0: {GOOD}\n  0: {GOOD}\n", 3, "head 0 of layer 0 is given twice"),

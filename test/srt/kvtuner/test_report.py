@@ -27,6 +27,7 @@ def make_pool(dtype=torch.bfloat16, **settings):
         ({}, 4.25, 4.25),
         ({"asym": True}, 4.5, 4.5),
         ({"nbits_key": 8, "nbits_value": 2, "group_size": 32}, 8.5, 2.5),
+        ({"nbits_key": 16}, 16, 4.25),
         ({"nbits_key": 8, "axis_key": 1, "group_size": 64, "asym": True}, 8.5, 4.5),
     ],
 )
@@ -51,6 +52,20 @@ def test_memory_and_capacity(dtype, itemsize):
     assert report["pool_bytes"] == PAGES * PAGE * LAYERS * HEADS * HEAD_DIM * 2 * 4.25 / 8
     assert report["capacity_tokens"] == (PAGES - 1) * PAGE
     assert report["capacity_tokens_full_precision"] == (report["pool_bytes"] + report["ring_bytes"]) // token
+
+
+def test_sinks_are_part_of_what_a_token_costs():
+    plain, report = pool_report(make_pool()), pool_report(make_pool(sink_length=4))
+    assert report["sink_bytes"] == PAGES * 4 * report["bytes_per_token_full_precision"]
+    assert report["pool_bytes"] == plain["pool_bytes"] + report["sink_bytes"]
+    # Four of 64 tokens in 16 bits; packed pages cost what they did.
+    assert (report["sink_bits"], plain["sink_bits"]) == (1.0, 0) and report["stored_bits"] == plain["stored_bits"]
+    assert report["bytes_per_token"] == LAYERS * HEADS * HEAD_DIM * 2 * (4.25 + 1) / 8
+
+
+def test_rotated_layers_are_counted():
+    assert pool_report(make_pool())["hadamard_key_layers"] == 0
+    assert pool_report(make_pool(hadamard_key=True))["hadamard_key_layers"] == LAYERS
 
 
 def test_the_scheduler_state_gets_the_report():

@@ -17,6 +17,7 @@ FLOAT32 = ("--dtype", "float32", "--sleep-on-idle")
 CHUNK = 128
 KV8 = Recipe(8, 8)
 KV4 = Recipe(4, 4, asym=True, axis_key=1, axis_value=0, group=64)
+KV4_ROTATED = Recipe(4, 4, hadamard_key=True)
 
 IMPORT_LOGGER = '''
 import os, sys
@@ -102,7 +103,11 @@ def test_window_larger_than_every_sequence_equals_flag_off(smollm2_checkpoint, f
     assert found == flag_off.tokens
 
 
-@pytest.mark.parametrize("recipe, limit", [(KV8, 0.003), (KV4, 0.05)], ids=["KV8 symmetric", "KV4 K per channel"])
+@pytest.mark.parametrize(
+    "recipe, limit",
+    [(KV8, 0.003), (KV4, 0.05), (KV4_ROTATED, 0.05)],
+    ids=["KV8 symmetric", "KV4 K per channel", "KV4 K rotated"],
+)
 def test_perplexity_of_the_served_cache(smollm2_checkpoint, texts, flag_off, launch_server, recipe, limit):
     flags = (*recipe.flags(), "--kvtuner-residual-length", "0", "--chunked-prefill-size", str(CHUNK))
     with launch_server(smollm2_checkpoint, *FLOAT32, *flags) as server:

@@ -11,10 +11,12 @@ import harness
 import pytest
 
 PAGE = 64
+LAYERS = 4
 RESIDUAL = 64
 FLAGS = (
     "--enable-kvtuner-quant",
     *("--kvtuner-nbits-key", "8", "--kvtuner-nbits-value", "4", "--kvtuner-asym"),
+    *("--kvtuner-hadamard-key", "--kvtuner-sink-length", "4"),
     *("--kvtuner-residual-length", str(RESIDUAL), "--chunked-prefill-size", "512"),
     *("--dtype", "float32", "--sleep-on-idle", "--enable-cache-report"),
 )
@@ -25,7 +27,7 @@ def server(random_llama, tmp_path_factory, request):
     """With the device's kernels, and with the torch reference."""
     log = tmp_path_factory.mktemp("features") / "server.log"
     env = {"SGLANG_KVTUNER_KERNELS": request.param}
-    with harness.launch_server(random_llama(head_dim=64), *FLAGS, log_path=log, env=env) as running:
+    with harness.launch_server(random_llama(layers=LAYERS, head_dim=64), *FLAGS, log_path=log, env=env) as running:
         yield running
 
 
@@ -69,6 +71,8 @@ def test_server_info_shows_flags_and_costs(server):
     cache = info["internal_states"][0]["kvtuner"]
     # 8 and 4 bits, and 16 bits each of scale and zero point for 64 elements.
     assert (cache["stored_bits_key"], cache["stored_bits_value"]) == (8.5, 4.5)
+    # All layers are rotated; 4 of 64 tokens stay in 32 bits.
+    assert (cache["hadamard_key_layers"], cache["sink_bits"]) == (LAYERS, 2.0)
     assert cache["capacity_tokens"] == info["max_total_num_tokens"] == 16384
     assert info["page_size"] == PAGE
     assert cache["attention"] in server.log_text()

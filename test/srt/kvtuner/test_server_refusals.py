@@ -7,7 +7,7 @@ import pytest
     "flags, message",
     [
         (["--kvtuner-q-group-size", "48"], "--kvtuner-q-group-size is 48 with --kvtuner-axis-key 0"),
-        (["--kvtuner-config", "{preset}"], "line 2: nbits_key of layer 0 is '3'; valid are 2, 4, 8"),
+        (["--kvtuner-config", "{preset}"], "line 2: nbits_key of layer 0 is '3'; valid are 2, 4, 8, 16"),
     ],
 )
 def test_server_stops_with_the_flag_and_the_reason(smollm2_checkpoint, launch_server, tmp_path, flags, message):

@@ -22,16 +22,17 @@ MB = 1 << 20
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("start, end", [(0, 4), (1, 3)])
-@pytest.mark.parametrize("kv_heads", (1, 3))
-def test_costs_are_the_bytes_of_the_buffers(dtype, start, end, kv_heads):
-    plan = mixed_plan(page_size=32, residual=40)
+@pytest.mark.parametrize("kv_heads, sinks", [(1, 0), (3, 0), (2, 5)])
+def test_costs_are_the_bytes_of_the_buffers(dtype, start, end, kv_heads, sinks):
+    plan = mixed_plan(page_size=32, residual=40, sinks=sinks)
     costs = CacheCosts.of(plan, start_layer=start, end_layer=end, kv_heads=kv_heads, itemsize=dtype.itemsize)
     requests, tokens = 5, 9 * 32
     pool = KVTunerTokenToKVPool(
         plan, size=tokens, num_slots=requests + 1, kv_heads=kv_heads, full_precision_dtype=dtype, device="cpu",
         start_layer=start, end_layer=end,
     )  # fmt: skip
-    assert pool.packed_bytes() == (tokens // 32 + 1) * costs.page_bytes
+    assert pool.packed_bytes() + pool.sinks.size_bytes() == (tokens // 32 + 1) * costs.page_bytes
+    assert pool.sinks.size_bytes() == (tokens // 32 + 1) * costs.sink_bytes
     assert pool.window.size_bytes() == costs.rings_bytes(requests)
     assert costs.full_token_bytes == 2 * (end - start) * kv_heads * 16 * dtype.itemsize
     assert sum(pool.get_kv_size_bytes()) == (tokens // 32 + 1) * costs.page_bytes + costs.rings_bytes(requests)
@@ -103,7 +104,7 @@ def serve():
 
 
 def allocated(pool):
-    return pool.packed_bytes() + pool.window.size_bytes()
+    return pool.packed_bytes() + pool.sinks.size_bytes() + pool.window.size_bytes()
 
 
 @pytest.mark.parametrize("budget", (8 * MB, 20 * MB + 12_345))
@@ -112,6 +113,7 @@ def allocated(pool):
     [
         {},
         {"kvtuner_nbits_key": 8, "kvtuner_residual_length": 0},
+        {"kvtuner_nbits_key": 16, "kvtuner_sink_length": 4},
         {"kvtuner_asym": True, "kvtuner_axis_key": 1, "kvtuner_q_group_size": 32},
     ],
 )
@@ -119,7 +121,8 @@ def allocated(pool):
 def test_the_pool_fills_the_budget(serve, budget, flags, requests):
     runner = serve(budget, max_running_requests=requests, **flags)
     config, pool = runner.settle()
-    page_bytes = sum(layer.page_bytes_per_head for layer in pool.plan.layers) * pool.kv_heads
+    page_bytes = allocated(pool) - pool.window.size_bytes()
+    page_bytes //= pool.keys[0].shape[0]
     assert allocated(pool) <= budget < allocated(pool) + page_bytes
     assert pool.size == config.max_total_num_tokens and pool.size % 64 == 0
     assert pool.window.keys[0].shape[0] == config.max_running_requests + 1
@@ -187,6 +190,15 @@ def test_the_log_tells_what_is_allocated(serve, caplog):
     assert f"--max-running-requests was not given, {requests} requests are admitted" in text
     assert f"max_total_num_tokens={config.max_total_num_tokens}," in text
     assert "stored K 4.25, V 4.25" in text
+
+
+def test_the_log_tells_what_sinks_cost(serve, caplog):
+    with caplog.at_level(logging.INFO, logger=sizing.__name__):
+        _, pool = serve(16 * MB, kvtuner_sink_length=3).settle()
+    found = re.search(r"(\d+) pages of 64 tokens, (\d+) bytes each, (\d+) of them for 3 sink tokens\)", caplog.text)
+    pages, page_bytes, sink_bytes = map(int, found.groups())
+    assert pages * sink_bytes == pool.sinks.size_bytes()
+    assert pages * page_bytes == pool.packed_bytes() + pool.sinks.size_bytes()
 
 
 def test_a_cache_dtype_that_the_checkpoint_forces_is_refused(serve):

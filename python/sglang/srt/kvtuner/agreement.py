@@ -52,7 +52,7 @@ def require_same_plan(plan: CachePlan) -> None:
 def differences(mine: dict, theirs: dict) -> list[str]:
     """Settings that differ, as ``name: here X, there Y``; equal differences of many layers are merged."""
     found = []
-    for name in ("page_size", "residual_length"):
+    for name in ("page_size", "residual_length", "sink_length"):
         if mine[name] != theirs[name]:
             found.append(f"{name}: here {mine[name]}, there {theirs[name]}")
     if len(mine["layers"]) != len(theirs["layers"]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from sglang.srt.kvtuner.quantizer import PER_CHANNEL, SUPPORTED_BITS
+from sglang.srt.kvtuner.quantizer import PER_CHANNEL, STORED_BITS
 
 FLAG_OF_FIELD = {
     "kvtuner_nbits_key": "--kvtuner-nbits-key",
@@ -15,6 +15,8 @@ FLAG_OF_FIELD = {
     "kvtuner_axis_value": "--kvtuner-axis-value",
     "kvtuner_q_group_size": "--kvtuner-q-group-size",
     "kvtuner_residual_length": "--kvtuner-residual-length",
+    "kvtuner_sink_length": "--kvtuner-sink-length",
+    "kvtuner_hadamard_key": "--kvtuner-hadamard-key",
     "kvtuner_config": "--kvtuner-config",
 }
 
@@ -27,9 +29,10 @@ class KVTunerConfigError(ValueError):
 class KVTunerConfig:
     """What the flags say, independent of the model.
 
-    nbits_key, nbits_value: 2, 4 or 8; per-layer presets override them. asym: store zero points. axis_key, axis_value:
-    0 per token, 1 per channel. group_size: elements that share a scale, -1 for the whole head_dim. residual_length:
-    newest tokens kept in full precision. preset: path of a per-layer YAML preset, or None.
+    nbits_key, nbits_value: 2, 4, 8, or 16 for bfloat16; per-layer presets override them. asym: store zero points.
+    axis_key, axis_value: 0 per token, 1 per channel. group_size: elements that share a scale, -1 for the whole
+    head_dim. residual_length, sink_length: newest and first tokens kept in full precision. hadamard_key: rotate keys
+    before they are quantized; per-layer presets may override it. preset: path of a per-layer YAML preset, or None.
     """
 
     nbits_key: int = 4
@@ -39,16 +42,20 @@ class KVTunerConfig:
     axis_value: int = 0
     group_size: int = 64
     residual_length: int = 128
+    sink_length: int = 0
+    hadamard_key: bool = False
     preset: Optional[str] = None
 
     def __post_init__(self) -> None:
-        _check_choice("--kvtuner-nbits-key", self.nbits_key, SUPPORTED_BITS)
-        _check_choice("--kvtuner-nbits-value", self.nbits_value, SUPPORTED_BITS)
+        _check_choice("--kvtuner-nbits-key", self.nbits_key, STORED_BITS)
+        _check_choice("--kvtuner-nbits-value", self.nbits_value, STORED_BITS)
         _check_choice("--kvtuner-axis-key", self.axis_key, (0, 1))
         _check_choice("--kvtuner-axis-value", self.axis_value, (0, 1))
         _check_choice("--kvtuner-asym", self.asym, (True, False))
+        _check_choice("--kvtuner-hadamard-key", self.hadamard_key, (True, False))
         _check_integer("--kvtuner-q-group-size", self.group_size)
         _check_integer("--kvtuner-residual-length", self.residual_length)
+        _check_integer("--kvtuner-sink-length", self.sink_length)
         if self.group_size != -1 and self.group_size <= 0:
             raise KVTunerConfigError(
                 f"--kvtuner-q-group-size is {self.group_size}; valid are positive group sizes, "
@@ -60,10 +67,12 @@ class KVTunerConfig:
                     f"--kvtuner-q-group-size is -1 with {flag} 1; per-channel groups run along the tokens of a "
                     "page, so give a group size that divides --page-size (64 by default)"
                 )
-        if self.residual_length < 0:
-            raise KVTunerConfigError(
-                f"--kvtuner-residual-length is {self.residual_length}; valid are 0 and above"
-            )
+        for flag, length in (
+            ("--kvtuner-residual-length", self.residual_length),
+            ("--kvtuner-sink-length", self.sink_length),
+        ):
+            if length < 0:
+                raise KVTunerConfigError(f"{flag} is {length}; valid are 0 and above")
 
     @classmethod
     def from_args(cls, args: Any) -> KVTunerConfig:
@@ -79,6 +88,8 @@ class KVTunerConfig:
             axis_value=args.kvtuner_axis_value,
             group_size=args.kvtuner_q_group_size,
             residual_length=args.kvtuner_residual_length,
+            sink_length=args.kvtuner_sink_length,
+            hadamard_key=args.kvtuner_hadamard_key,
             preset=args.kvtuner_config,
         )
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SOURCES = ["kernels", "body_avx512", "body_avx2", "body_plain"]
-BFLOAT16_BITS = 16
 
 
 class KernelsUnavailable(RuntimeError):
@@ -70,6 +69,8 @@ class CpuKernels:
             pool.window.values[i],
             pool.keys[i],
             pool.values[i],
+            pool.sinks.keys[i],
+            pool.sinks.values[i],
             plan.sequences,
             plan.pages,
             self._formats[i],
@@ -93,9 +94,9 @@ def unsupported(fmt: TensorFormat) -> str | None:
 
 
 def format_numbers(layer: LayerFormat) -> torch.Tensor:
-    """int64 [2, 4]: bits, symmetry, axis and group of keys and of values, as the kernels take them."""
+    """int64 [2, 5]: bits, symmetry, axis, group and rotation of keys and of values, as the kernels take them."""
     return torch.tensor(
-        [[f.nbits, int(f.asym), f.axis, f.group_size] for f in (layer.key, layer.value)], dtype=torch.int64
+        [[f.nbits, int(f.asym), f.axis, f.group_size, f.hadamard] for f in (layer.key, layer.value)], dtype=torch.int64
     )
 
 
@@ -103,19 +104,8 @@ def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     """What ``page_codec.encode_pages`` does, byte for byte: x [pages, page_size, head_dim] to uint8 [pages, block_bytes]."""
     blocks = torch.empty(x.shape[0], fmt.block_bytes, dtype=torch.uint8)
     module().pack_pages(
-        x.contiguous(), blocks, fmt.nbits, int(fmt.asym), fmt.axis, fmt.group_size, int(fmt.token_lanes)
+        x.contiguous(), blocks, fmt.nbits, int(fmt.asym), fmt.axis, fmt.group_size, int(fmt.token_lanes), fmt.hadamard
     )
-    return blocks
-
-
-def pack_bfloat16_pages(x: torch.Tensor, token_lanes: bool) -> torch.Tensor:
-    """Unquantized pages in the kernels' order: x [pages, page_size, head_dim] to uint8 [pages, bytes].
-
-    Keys need ``token_lanes``. Attention takes them as 16 bits, symmetric, axis 0, with a group of head_dim.
-    """
-    pages, page_size, head_dim = x.shape
-    blocks = torch.empty(pages, page_size * head_dim * 2, dtype=torch.uint8)
-    module().pack_pages(x.contiguous(), blocks, BFLOAT16_BITS, 0, 0, head_dim, int(token_lanes))
     return blocks
 
 

@@ -10,6 +10,9 @@ shift and a mask give pairs of neighbours. Where lanes or reduction do not fill 
 [page, head_dim * bits / 8] as in packing.py, and only this reference reads them. Group parameters are
 [head_dim / group, page] for axis 0 and [page / group, head_dim] for axis 1.
 
+16 bits are bfloat16 values (any other dtype is rounded to it, half to even) in the same vectors, span 2, without
+parameters.
+
 The same layout in C++: sgl-kernel/include/kv_codec.h.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from sglang.srt.kvtuner.formats import SCALE_DTYPE, ZERO_DTYPE, TensorFormat
+from sglang.srt.kvtuner.hadamard import rotate
 from sglang.srt.kvtuner.packing import pack, unpack
 from sglang.srt.kvtuner.quantizer import PER_TOKEN, dequantize_groups, quantize
 
@@ -25,10 +29,14 @@ LANES = 16
 
 
 def encode_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """Quantize and pack full-precision pages.
+    """Rotate, where the format says so, quantize and pack full-precision pages.
 
     x: [..., page_size, head_dim], any float dtype. Returns uint8 [..., block_bytes].
     """
+    if not fmt.quantized:
+        return _pack_values(x.to(torch.bfloat16), fmt)
+    if fmt.hadamard:
+        x = rotate(x, fmt.hadamard)
     q = quantize(
         x, nbits=fmt.nbits, asym=fmt.asym, axis=fmt.axis, group_size=fmt.group_size, scale_dtype=SCALE_DTYPE
     )
@@ -39,15 +47,19 @@ def encode_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
 
 
 def decode_pages(blocks: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """Dequantize packed blocks, uint8 [..., block_bytes], to float32 [..., page_size, head_dim]."""
+    """Dequantize packed blocks, uint8 [..., block_bytes], and undo their rotation; float32 [..., page_size, head_dim]."""
+    if not fmt.quantized:
+        return _unpack_values(blocks, fmt).float()
     codes, scale, zero = split_blocks(blocks, fmt)
-    return dequantize_groups(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size)
+    x = dequantize_groups(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size)
+    return rotate(x, fmt.hadamard) if fmt.hadamard else x
 
 
 def split_blocks(
     blocks: torch.Tensor, fmt: TensorFormat
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes int8 [..., page_size, head_dim], scales float16 and zero points int16 (None when symmetric) of blocks."""
+    """Codes int8 [..., page_size, head_dim], scales float16 and zero points int16 (None when symmetric) of
+    quantized blocks."""
     widths = [fmt.code_bytes, fmt.scale_bytes, fmt.zero_bytes]
     code_bytes, scale_bytes, zero_bytes = blocks.split(widths, dim=-1)
     codes = _unpack_codes(code_bytes, fmt)
@@ -87,6 +99,22 @@ def _unpack_codes(code_bytes: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     n = x.dim() - 6
     x = x.permute(*range(n), n, n + 5, n + 1, n + 4, n + 2, n + 3)
     x = x.flatten(n + 4).flatten(n, n + 3)
+    return x.transpose(-1, -2) if fmt.token_lanes else x
+
+
+def _pack_values(values: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
+    if tiled(fmt):
+        x = values.transpose(-1, -2) if fmt.token_lanes else values
+        values = x.unflatten(-2, (-1, 2)).transpose(-1, -2).flatten(-3, -2)  # [reduction / 2 * lanes, word]
+    return values.contiguous().view(torch.uint8).flatten(-2)
+
+
+def _unpack_values(blocks: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
+    values = blocks.contiguous().view(torch.bfloat16)
+    if not tiled(fmt):
+        return values.unflatten(-1, (fmt.page_size, -1))
+    lanes, reduction = _lanes_and_reduction(fmt)
+    x = values.unflatten(-1, (reduction // 2, lanes, 2)).transpose(-1, -2).flatten(-3, -2)
     return x.transpose(-1, -2) if fmt.token_lanes else x
 
 

@@ -8,18 +8,21 @@ from dataclasses import asdict, dataclass
 
 from sglang.srt.kvtuner.config import KVTunerConfig, KVTunerConfigError
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.hadamard import block_size
 from sglang.srt.kvtuner.packing import codes_per_byte
 from sglang.srt.kvtuner.preset import LayerBits, load_preset
-from sglang.srt.kvtuner.quantizer import PER_TOKEN
+from sglang.srt.kvtuner.quantizer import PER_TOKEN, UNQUANTIZED_BITS
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Formats of all layers (global layer order), page size in tokens, and residual window in tokens."""
+    """Formats of all layers (global layer order), page size in tokens, and what stays in full precision: the newest
+    ``residual_length`` tokens and the first ``sink_length`` of every sequence."""
 
     layers: tuple[LayerFormat, ...]
     page_size: int
     residual_length: int
+    sink_length: int = 0
 
     @property
     def ring_length(self) -> int:
@@ -36,7 +39,7 @@ class CachePlan:
         )
 
     def stored_bits(self) -> tuple[float, float]:
-        """Average stored bits per element of K and of V over layers, scales and zero points included."""
+        """Average stored bits per element of K and of V in packed pages over layers, scales and zero points included."""
         count = len(self.layers)
         return (
             sum(layer.key.stored_bits for layer in self.layers) / count,
@@ -48,6 +51,7 @@ class CachePlan:
         return {
             "page_size": self.page_size,
             "residual_length": self.residual_length,
+            "sink_length": self.sink_length,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -58,12 +62,19 @@ class CachePlan:
     def describe(self) -> str:
         """One line for the log."""
         kinds = sorted({f"K{layer.key.nbits}V{layer.value.nbits}" for layer in self.layers})
-        first = self.layers[0]
-        axes = {0: "per token", 1: "per channel"}
-        return (
-            f"{len(self.layers)} layers {'/'.join(kinds)}, {'asymmetric' if first.key.asym else 'symmetric'}, "
-            f"K {axes[first.key.axis]} g{first.key.group_size}, V {axes[first.value.axis]} g{first.value.group_size}, "
-            f"page {self.page_size}, residual {self.residual_length}"
+        keys, values = [layer.key for layer in self.layers], [layer.value for layer in self.layers]
+        quantized = [fmt for fmt in (*keys, *values) if fmt.quantized]
+        symmetry = [("asymmetric" if quantized[0].asym else "symmetric")] if quantized else []
+        return ", ".join(
+            [
+                f"{len(self.layers)} layers {'/'.join(kinds)}",
+                *symmetry,
+                f"K {_describe_groups(keys)}",
+                f"V {_describe_groups(values)}",
+                f"page {self.page_size}",
+                f"residual {self.residual_length}",
+                *([f"sinks {self.sink_length}"] if self.sink_length else []),
+            ]
         )
 
 
@@ -73,19 +84,16 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
     Raises KVTunerConfigError, naming the flag, where the model and the flags do not fit.
     """
     bits = _layer_bits(config, num_layers)
-    key_group = _group_size(config, "key", config.axis_key, head_dim, page_size)
-    value_group = _group_size(config, "value", config.axis_value, head_dim, page_size)
-    for flag, widths in (
-        ("--kvtuner-nbits-key", {b.key for b in bits}),
-        ("--kvtuner-nbits-value", {b.value for b in bits}),
-    ):
-        for nbits in widths:
-            if head_dim % codes_per_byte(nbits):
-                raise KVTunerConfigError(
-                    f"{flag} is {nbits}: the model's head_dim {head_dim} does not fill whole bytes at that width"
-                )
 
-    def tensor(nbits: int, axis: int, group: int, token_lanes: bool) -> TensorFormat:
+    def tensor(which: str, nbits: int, axis: int, token_lanes: bool, rotated: bool = False) -> TensorFormat:
+        if nbits == UNQUANTIZED_BITS:
+            return TensorFormat.unquantized(page_size, head_dim, token_lanes)
+        group = _group_size(config, which, axis, head_dim, page_size)
+        if head_dim % codes_per_byte(nbits):
+            raise KVTunerConfigError(
+                f"--kvtuner-nbits-{which} is {nbits}: the model's head_dim {head_dim} does not fill whole bytes at "
+                "that width"
+            )
         return TensorFormat(
             nbits=nbits,
             asym=config.asym,
@@ -94,27 +102,59 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
             page_size=page_size,
             head_dim=head_dim,
             token_lanes=token_lanes,
+            hadamard=_hadamard_block(head_dim) if rotated else 0,
         )
 
     layers = tuple(
         LayerFormat(
-            key=tensor(b.key, config.axis_key, key_group, True),
-            value=tensor(b.value, config.axis_value, value_group, False),
+            key=tensor("key", b.key, config.axis_key, True, b.hadamard_key),
+            value=tensor("value", b.value, config.axis_value, False),
         )
         for b in bits
     )
-    return CachePlan(layers=layers, page_size=page_size, residual_length=config.residual_length)
+    if config.sink_length > page_size:
+        raise KVTunerConfigError(
+            f"--kvtuner-sink-length is {config.sink_length}; valid are 0 to {page_size}, one page (--page-size)"
+        )
+    return CachePlan(
+        layers=layers,
+        page_size=page_size,
+        residual_length=config.residual_length,
+        sink_length=config.sink_length,
+    )
+
+
+def _describe_groups(formats: list[TensorFormat]) -> str:
+    """How the layers that quantize do it: presets change bits and rotation alone."""
+    quantized = [fmt for fmt in formats if fmt.quantized]
+    if not quantized:
+        return "bfloat16"
+    described = f"{'per token' if quantized[0].axis == PER_TOKEN else 'per channel'} g{quantized[0].group_size}"
+    rotated = sum(fmt.hadamard > 0 for fmt in quantized)
+    if rotated:
+        described += " rotated" if rotated == len(formats) else f" rotated in {rotated} layers"
+    return described
 
 
 def _layer_bits(config: KVTunerConfig, num_layers: int) -> tuple[LayerBits, ...]:
     if config.preset is None:
-        return (LayerBits(key=config.nbits_key, value=config.nbits_value),) * num_layers
-    bits = load_preset(config.preset)
+        return (LayerBits(config.nbits_key, config.nbits_value, config.hadamard_key),) * num_layers
+    bits = load_preset(config.preset, hadamard_key=config.hadamard_key)
     if len(bits) != num_layers:
         raise KVTunerConfigError(
             f"--kvtuner-config {config.preset}: the preset has {len(bits)} layers, the model has {num_layers}"
         )
     return bits
+
+
+def _hadamard_block(head_dim: int) -> int:
+    block = block_size(head_dim)
+    if block == 1:
+        raise KVTunerConfigError(
+            f"--kvtuner-hadamard-key is True: the model's head_dim {head_dim} is odd; rotated are blocks of channels "
+            "whose size is a power of two that divides it"
+        )
+    return block
 
 
 def _group_size(config: KVTunerConfig, which: str, axis: int, head_dim: int, page_size: int) -> int:

@@ -1,4 +1,4 @@
-"""The packed KV pool: one buffer of packed pages per layer for K and for V, plus the residual window's rings."""
+"""The packed KV pool: per layer buffers of packed pages for K and for V, the residual window's rings, and sinks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sglang.srt.kvtuner.formats import TensorFormat
 from sglang.srt.kvtuner.page_codec import decode_pages, encode_pages
 from sglang.srt.kvtuner.plan import CachePlan
 from sglang.srt.kvtuner.residual_window import ResidualWindow
+from sglang.srt.kvtuner.sinks import Sinks
 from sglang.srt.kvtuner.steps import SequenceStep
 from sglang.srt.mem_cache.memory_pool import KVCache
 
@@ -61,34 +62,34 @@ class KVTunerTokenToKVPool(KVCache):
 
         self.keys = buffers([layer.key for layer in self.formats])
         self.values = buffers([layer.value for layer in self.formats])
-        self.window = ResidualWindow(
-            plan,
+        rows = dict(
             num_layers=self.layer_num,
-            num_slots=num_slots,
             kv_heads=kv_heads,
             head_dim=self.head_dim,
             dtype=full_precision_dtype,
             device=device,
         )
-        self.mem_usage = (self.packed_bytes() + self.window.size_bytes()) / (1 << 30)
+        self.window = ResidualWindow(plan, num_slots=num_slots, **rows)
+        self.sinks = Sinks(plan, num_pages=num_pages, **rows)
+        self.mem_usage = sum(self.get_kv_size_bytes()) / (1 << 30)
 
     def packed_bytes(self) -> int:
         """Bytes allocated for packed pages, the padding page included."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes allocated for K and for V, rings included."""
+        """Bytes allocated for K and for V, rings and sinks included."""
         return (
-            sum(t.nbytes for t in (*self.keys, *self.window.keys)),
-            sum(t.nbytes for t in (*self.values, *self.window.values)),
+            sum(t.nbytes for t in (*self.keys, *self.window.keys, *self.sinks.keys)),
+            sum(t.nbytes for t in (*self.values, *self.window.values, *self.sinks.values)),
         )
 
     def read_prior(self, layer_id: int, step: SequenceStep) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the tokens before a step, float32 [prior, kv_heads, head_dim] each."""
         i = layer_id - self.start_layer
         return (
-            self._read(self.keys[i], self.window.keys[i], self.formats[i].key, step),
-            self._read(self.values[i], self.window.values[i], self.formats[i].value, step),
+            self._read(self.keys[i], self.sinks.keys[i], self.window.keys[i], self.formats[i].key, step),
+            self._read(self.values[i], self.sinks.values[i], self.window.values[i], self.formats[i].value, step),
         )
 
     def store(self, layer_id: int, step: SequenceStep, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -98,20 +99,32 @@ class KVTunerTokenToKVPool(KVCache):
         queries read.
         """
         i = layer_id - self.start_layer
-        self._store(self.keys[i], self.window.keys[i], self.formats[i].key, step, k)
-        self._store(self.values[i], self.window.values[i], self.formats[i].value, step, v)
+        self._store(self.keys[i], self.sinks.keys[i], self.window.keys[i], self.formats[i].key, step, k)
+        self._store(self.values[i], self.sinks.values[i], self.window.values[i], self.formats[i].value, step, v)
 
-    def _read(self, pages: torch.Tensor, ring: torch.Tensor, fmt: TensorFormat, step: SequenceStep) -> torch.Tensor:
+    def _read(
+        self, pages: torch.Tensor, sinks: torch.Tensor, ring: torch.Tensor, fmt: TensorFormat, step: SequenceStep
+    ) -> torch.Tensor:
         packed = decode_pages(pages[step.packed_pages], fmt)  # [pages, heads, page_size, head_dim]
         packed = packed.transpose(1, 2).reshape(step.packed_end, self.kv_heads, self.head_dim)
+        if step.packed_end:
+            packed[: self.sinks.length] = sinks[step.packed_pages[0]].float()
         return torch.cat([packed, ring[step.slot, step.prior_rows].float()])
 
     def _store(
-        self, pages: torch.Tensor, ring: torch.Tensor, fmt: TensorFormat, step: SequenceStep, new: torch.Tensor
+        self,
+        pages: torch.Tensor,
+        sinks: torch.Tensor,
+        ring: torch.Tensor,
+        fmt: TensorFormat,
+        step: SequenceStep,
+        new: torch.Tensor,
     ) -> None:
         completed = step.completed_pages.numel()
         if completed:
             tokens = torch.cat([ring[step.slot, step.open_rows], new])[: completed * self.page_size]
+            if step.prior < self.page_size:
+                sinks[step.completed_pages[0]] = tokens[: self.sinks.length]
             tokens = tokens.unflatten(0, (completed, self.page_size)).transpose(1, 2)
             pages[step.completed_pages] = encode_pages(tokens, fmt)
         ring[step.slot, step.kept_rows] = new[new.shape[0] - step.kept_rows.numel() :]

@@ -3,10 +3,11 @@
 A preset maps every layer index to its bits::
 
     0: {nbits_key: 8, nbits_value: 4}
-    1: {nbits_key: 4, nbits_value: 2}
+    1: {nbits_key: 4, nbits_value: 2, hadamard_key: true}
 
-A layer may instead map KV head indices to such pairs (KVTuner's per-head form). The packed cache has one format per
-layer, so that form is read where all heads of a layer agree and refused where they do not.
+``hadamard_key`` extends KVTuner's format: whether the layer's keys are rotated before they are quantized, where the flag
+is not to decide. A layer may instead map KV head indices to such entries (KVTuner's per-head form). The packed cache has
+one format per layer, so that form is read where all heads of a layer agree and refused where they do not.
 """
 
 from __future__ import annotations
@@ -16,35 +17,41 @@ from dataclasses import dataclass
 import yaml
 
 from sglang.srt.kvtuner.config import KVTunerConfigError
-from sglang.srt.kvtuner.quantizer import SUPPORTED_BITS
+from sglang.srt.kvtuner.quantizer import STORED_BITS
 
 _KEYS = ("nbits_key", "nbits_value")
+_ROTATION = "hadamard_key"
 
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one layer's keys and values."""
+    """Bits of one layer's keys and values, and whether keys are rotated."""
 
     key: int
     value: int
+    hadamard_key: bool = False
+
+    def __str__(self) -> str:
+        return f"K{self.key}V{self.value}{' rotated' if self.hadamard_key else ''}"
 
 
 class PresetError(KVTunerConfigError):
     """A preset that cannot be used; the message names the file and, where there is one, the line."""
 
 
-def load_preset(path: str) -> tuple[LayerBits, ...]:
-    """Read a preset; entry i is layer i.
+def load_preset(path: str, *, hadamard_key: bool = False) -> tuple[LayerBits, ...]:
+    """Read a preset; entry i is layer i. ``hadamard_key`` holds for layers that do not say.
 
     Raises PresetError, naming file and line, for an unreadable file, malformed YAML, unknown or missing keys, bits
-    other than 2, 4, 8, repeated or missing layers, and heads of a layer that disagree.
+    other than 2, 4, 8, 16, a rotation other than true or false, repeated or missing layers, and heads of a layer that
+    disagree.
     """
-    return _PresetReader(path).read()
+    return _PresetReader(path, hadamard_key).read()
 
 
 class _PresetReader:
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, hadamard_key: bool) -> None:
+        self.path, self.hadamard_key = path, hadamard_key
 
     def read(self) -> tuple[LayerBits, ...]:
         try:
@@ -87,8 +94,8 @@ class _PresetReader:
             if heads[head] != first:
                 self._fail(
                     key_node,
-                    f"heads of layer {index} differ: head {head} has K{heads[head].key}V{heads[head].value}, others "
-                    f"K{first.key}V{first.value}; the packed cache has one precision per layer",
+                    f"heads of layer {index} differ: head {head} has {heads[head]}, others {first}; the packed cache has "
+                    "one precision per layer",
                 )
         return first
 
@@ -98,20 +105,29 @@ class _PresetReader:
         found = {}
         for key_node, value_node in node.value:
             key = getattr(key_node, "value", None)
-            if key not in _KEYS:
-                self._fail(key_node, f"{what} has the unknown key {key!r}; valid are {', '.join(_KEYS)}")
+            if key not in (*_KEYS, _ROTATION):
+                self._fail(key_node, f"{what} has the unknown key {key!r}; valid are {', '.join((*_KEYS, _ROTATION))}")
             if key in found:
                 self._fail(key_node, f"{what} gives {key} twice")
-            if not self._is_integer(value_node) or int(value_node.value) not in SUPPORTED_BITS:
+            if key == _ROTATION:
+                found[key] = self._boolean(f"{key} of {what}", value_node)
+                continue
+            if not self._is_integer(value_node) or int(value_node.value) not in STORED_BITS:
                 given = getattr(value_node, "value", None)
                 self._fail(
-                    value_node, f"{key} of {what} is {given!r}; valid are {', '.join(map(str, SUPPORTED_BITS))}"
+                    value_node, f"{key} of {what} is {given!r}; valid are {', '.join(map(str, STORED_BITS))}"
                 )
             found[key] = int(value_node.value)
         for key in _KEYS:
             if key not in found:
                 self._fail(node, f"{what} has no {key}")
-        return LayerBits(key=found["nbits_key"], value=found["nbits_value"])
+        return LayerBits(*(found[key] for key in _KEYS), found.get(_ROTATION, self.hadamard_key))
+
+    def _boolean(self, what: str, node: yaml.Node) -> bool:
+        given = getattr(node, "value", None)
+        if node.tag != "tag:yaml.org,2002:bool" or given.lower() not in ("true", "false"):
+            self._fail(node, f"{what} is {given!r}; valid are true, false")
+        return given.lower() == "true"
 
     def _integer_entries(self, node: yaml.Node, what: str):
         if not isinstance(node, yaml.MappingNode):

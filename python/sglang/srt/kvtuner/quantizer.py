@@ -21,6 +21,9 @@ RANGE_FLOOR = 1e-5
 PER_TOKEN = 0
 PER_CHANNEL = 1
 SUPPORTED_BITS = (2, 4, 8)
+# "Leave this half of the layer alone": the cache stores bfloat16 values, and nothing is quantized.
+UNQUANTIZED_BITS = 16
+STORED_BITS = (*SUPPORTED_BITS, UNQUANTIZED_BITS)
 # A stored zero point is an int16. Groups whose offset is far larger than their range would overflow it, so their
 # scale is raised to at least |min| / MAX_STORED_ZERO; the error that this adds is below 2**-15 of the offset.
 MAX_STORED_ZERO = 32000

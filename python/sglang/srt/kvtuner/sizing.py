@@ -1,4 +1,4 @@
-"""How many tokens fit: exact bytes of packed pages and rings, and upstream's sizing interface on top of them."""
+"""How many tokens fit: exact bytes of packed pages, sinks and rings, and upstream's sizing interface on top of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ GB = 1 << 30
 class CacheCosts:
     """Bytes on one rank.
 
-    page_bytes: one packed page, all local layers. ring_bytes: one request's ring, all local layers.
-    full_token_bytes: one token of an unquantized cache. page_size: tokens of a page.
+    page_bytes: one packed page with its sinks, all local layers. ring_bytes: one request's ring, all local layers.
+    full_token_bytes: one token of an unquantized cache. page_size: tokens of a page. sink_bytes: what of page_bytes is
+    for sinks.
     """
 
     page_bytes: int
     ring_bytes: int
     full_token_bytes: int
     page_size: int
+    sink_bytes: int = 0
 
     @classmethod
     def of(cls, plan: CachePlan, *, start_layer: int, end_layer: int, kv_heads: int, itemsize: int) -> CacheCosts:
@@ -41,11 +43,13 @@ class CacheCosts:
         full-precision element."""
         layers = plan.layers[start_layer:end_layer]
         elements = sum(layer.key.head_dim + layer.value.head_dim for layer in layers) * kv_heads
+        sink_bytes = plan.sink_length * elements * itemsize
         return cls(
-            page_bytes=sum(layer.page_bytes_per_head for layer in layers) * kv_heads,
+            page_bytes=sum(layer.page_bytes_per_head for layer in layers) * kv_heads + sink_bytes,
             ring_bytes=plan.ring_length * elements * itemsize,
             full_token_bytes=elements * itemsize,
             page_size=plan.page_size,
+            sink_bytes=sink_bytes,
         )
 
     def rings_bytes(self, requests: int) -> int:
@@ -144,9 +148,10 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
             self._plan.describe(), nominal_key, nominal_value, key_bits, value_bits,
         )  # fmt: skip
         logger.info(
-            "Quantized KV cache memory: packed pages %.3f GB (%d pages of %d tokens, %d bytes each), residual windows "
+            "Quantized KV cache memory: packed pages %.3f GB (%d pages of %d tokens, %d bytes each%s), residual windows "
             "%.3f GB (%d requests and 1 padding slot, %d tokens, %d bytes each; %.1f%% of the sum)%s",
             packed / GB, pages, costs.page_size, costs.page_bytes,
+            f", {costs.sink_bytes} of them for {self._plan.sink_length} sink tokens" if costs.sink_bytes else "",
             rings / GB, requests, self._plan.ring_length, costs.ring_bytes, 100 * rings / (packed + rings),
             "" if self._requested_requests() is not None
             else f"; --max-running-requests was not given, {requests} requests are admitted",

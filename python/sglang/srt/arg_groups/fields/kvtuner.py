@@ -29,11 +29,11 @@ class KVTuner(msgspec.Struct):
     ] = False
     kvtuner_nbits_key: A[
         int,
-        Arg(help="Bits of a cached key element.", choices=[2, 4, 8]),
+        Arg(help="Bits of a cached key element; 16 stores bfloat16.", choices=[2, 4, 8, 16]),
     ] = 4
     kvtuner_nbits_value: A[
         int,
-        Arg(help="Bits of a cached value element.", choices=[2, 4, 8]),
+        Arg(help="Bits of a cached value element; 16 stores bfloat16.", choices=[2, 4, 8, 16]),
     ] = 4
     kvtuner_asym: A[
         bool,
@@ -59,6 +59,18 @@ class KVTuner(msgspec.Struct):
         int,
         "Newest tokens of a request that stay in full precision.",
     ] = 128
+    kvtuner_sink_length: A[
+        int,
+        "First tokens of every sequence that stay in full precision; at most a page.",
+    ] = 0
+    kvtuner_hadamard_key: A[
+        bool,
+        Arg(
+            help="Rotate keys by a Hadamard matrix before they are quantized. Bare, or with true or false.",
+            action="store",
+            action_kwargs={"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"},
+        ),
+    ] = False
     kvtuner_config: A[
         Optional[str],
         "Per-layer bits from a KVTuner YAML preset; overrides --kvtuner-nbits-key and --kvtuner-nbits-value.",
