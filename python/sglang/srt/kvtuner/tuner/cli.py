@@ -163,6 +163,7 @@ def _run(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
 
 def _open(options: argparse.Namespace, config: KVTunerConfig, flags: tuple[str, ...]):
     from sglang.srt.kvtuner.tuner.engine import EngineSettings, TunerEngine
+    from sglang.srt.kvtuner.tuner.errors import TuningError
     from sglang.srt.kvtuner.tuner.run import TuningRun
     from sglang.srt.kvtuner.tuner.text import read_source, split_text
 
@@ -175,6 +176,9 @@ def _open(options: argparse.Namespace, config: KVTunerConfig, flags: tuple[str, 
         page_size=options.page_size,
         flags=flags,
     )
+    if min(options.windows) < 1:
+        given = " ".join(map(str, options.windows))
+        raise TuningError(f"--windows is {given}; valid are three counts from 1 on")
     # Before the model, which takes longer to load.
     read_source("--text", options.text)
     if options.eval_text is not None:

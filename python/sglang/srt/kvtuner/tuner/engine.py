@@ -46,6 +46,8 @@ class EngineSettings:
                 f"--window is {self.window}; valid are multiples of --chunk {self.chunk} from {2 * self.chunk} on, "
                 "since nothing is read from packed pages before the second chunk"
             )
+        if self.batch < 1:
+            raise TuningError(f"--batch is {self.batch}; valid are 1 and above")
         if not 1 <= self.stride <= self.chunk:
             raise TuningError(f"--stride is {self.stride}; valid are 1 to --chunk {self.chunk}")
 

@@ -37,6 +37,13 @@ class SearchSettings:
     starts: int = 12
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("groups", "trials", "starts"):
+            if getattr(self, name) < 1:
+                raise TuningError(f"--{name} is {getattr(self, name)}; valid are 1 and above")
+        if self.population < 2:
+            raise TuningError(f"--population is {self.population}; valid are 2 and above")
+
 
 @dataclass(frozen=True)
 class FrontPoint:
