@@ -24,7 +24,8 @@ def preset(tmp_path):
 def test_header_and_bits_come_back(preset):
     config = preset(model="org/Name-1B", recipe="--some flags", quality="KL 0.1: two\nlines")
     assert load_preset(config.preset) == MIX
-    assert read_header(config.preset) == {"model": "org/Name-1B", "recipe": "--some flags", "quality": "KL 0.1: two lines"}
+    expected = {"model": "org/Name-1B", "recipe": "--some flags", "quality": "KL 0.1: two lines"}
+    assert read_header(config.preset) == expected
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def warn_of_mismatch(config: KVTunerConfig, model_path: str) -> None:
     tuned_for = header.get("model", model_path)
     if model_name(tuned_for).lower() != model_name(model_path).lower():
         logger.warning(
-            "--kvtuner-config %s was tuned for the model %s, this server has %s: its bits suit the other model's layers",
+            "--kvtuner-config %s was tuned for the model %s, this server has %s: its bits suit that other model",
             path, tuned_for, model_path,
         )  # fmt: skip
     if header.get("recipe", recipe) != recipe:

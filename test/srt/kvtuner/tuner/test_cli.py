@@ -65,13 +65,17 @@ def test_configurations_become_server_flags():
     assert parse_configuration("unquantized", BASE, 3).flags == []
 
 
-@pytest.mark.parametrize("config", [BASE, KVTunerConfig(asym=True, axis_key=1, group_size=32), KVTunerConfig(group_size=-1)])
+@pytest.mark.parametrize(
+    "config", [BASE, KVTunerConfig(asym=True, axis_key=1, group_size=32), KVTunerConfig(group_size=-1)]
+)
 def test_recipes_are_known_by_their_names(config):
     found = parse_recipe(recipe_name(config), config)
     assert found == config
 
 
-@pytest.mark.parametrize("spec, problem", [("K3V4", "'K3V4' is no pair of bits; valid are K8V8"), ("x:K4V4", "'x' is no recipe")])
+@pytest.mark.parametrize(
+    "spec, problem", [("K3V4", "'K3V4' is no pair of bits; valid are K8V8"), ("x:K4V4", "'x' is no recipe")]
+)
 def test_unknown_configurations_are_refused(spec, problem):
     with pytest.raises(TuningError, match=problem):
         parse_configuration(spec, BASE, 3)

@@ -4,7 +4,7 @@ While the unquantized model runs, each layer's own queries, keys and values are 
 are quantized and dequantized as the packed cache stores them, the attention output is computed with exactly what the
 cache would show a query (packed pages for old tokens, full precision for its chunk and the residual window), and
 compared with the unquantized output. Layers before it are unquantized: the error is the layer's own.
-Source: KVTuner (arXiv 2502.04420), section 4, layer-wise sensitivity by relative attention output error.
+Source: KVTuner (arXiv 2502.04420), layer-wise sensitivity by relative attention output error.
 """
 
 from __future__ import annotations

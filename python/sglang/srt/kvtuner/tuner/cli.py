@@ -37,20 +37,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="sglang kvtuner", description="Find per-layer bits of the quantized KV cache for a model.", epilog=_EPILOG
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    sensitivity = commands.add_parser("sensitivity", help="what every pair of bits costs in every layer", epilog=_EPILOG)
+    sensitivity = commands.add_parser("sensitivity", help="what pairs of bits cost in every layer", epilog=_EPILOG)
     _add_common(sensitivity)
     sensitivity.add_argument(
         "--only-recipe", action="store_true", help="leave out the other symmetries and axes than the ones given"
     )
     search = commands.add_parser("search", help="find mixes of bits over layers, as presets", epilog=_EPILOG)
     _add_common(search)
-    search.add_argument("--max-bits", type=float, default=4.0, help="cap on average nominal bits (default: %(default)s)")
+    search.add_argument("--max-bits", type=float, default=4.0, help="cap on average bits (default: %(default)s)")
     search.add_argument("--trials", type=int, default=100, help="different mixes to score (default: %(default)s)")
     search.add_argument("--groups", type=int, default=12, help="most groups of layers (default: %(default)s)")
     search.add_argument("--population", type=int, default=16, help="of NSGA-II (default: %(default)s)")
     search.add_argument("--starts", type=int, default=12, help="trials from the additive model (default: %(default)s)")
     search.add_argument("--seed", type=int, default=0)
-    evaluate = commands.add_parser("evaluate", help="compare configurations on other text and on a task", epilog=_EPILOG)
+    evaluate = commands.add_parser("evaluate", help="compare configurations on other text and tasks", epilog=_EPILOG)
     _add_common(evaluate)
     evaluate.add_argument(
         "--configs",

@@ -25,9 +25,10 @@ from sglang.srt.kvtuner.tuner.errors import TuningError
 class EngineSettings:
     """What to load and how text goes through it.
 
-    model: checkpoint folder or Hugging Face name. batch: windows per forward step. window: tokens of a window. chunk: tokens of a
-    window per forward step; a step's own tokens are seen in full precision, as in a server's chunked prefill. stride:
-    every how many positions one is scored. page_size: tokens of a page. flags: further server flags (``--dtype`` …).
+    model: checkpoint folder or Hugging Face name. batch: windows per forward step. window: tokens of a window. chunk:
+    tokens of a window per forward step; a step's own tokens are seen in full precision, as in a server's chunked
+    prefill. stride: every how many positions one is scored. page_size: tokens of a page. flags: further server flags
+    (``--dtype`` …). Raises TuningError for sizes that do not fit one another.
     """
 
     model: str
@@ -67,8 +68,9 @@ class EngineSettings:
 class TunerEngine:
     """A model runner with exchangeable caches, in this process.
 
-    num_layers, head_dim, kv_heads, full_precision_bytes (of a cache element): the model's. Raises KVTunerConfigError for a model that the quantized cache does not
-    support, and upstream's errors for one that cannot be loaded.
+    num_layers, head_dim, kv_heads, full_precision_bytes (of a cache element): the model's. Raises KVTunerConfigError
+    for a model that the quantized cache does not support, TuningError for one that cannot be loaded or spans several
+    devices.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -102,8 +104,8 @@ class TunerEngine:
     def probe(self, windows: torch.Tensor, observe: Callable[..., torch.Tensor]) -> None:
         """Run windows unquantized, each in one step, with ``observe(q, k, v, layer_id, scaling)`` as the attention.
 
-        q: [batch, window, heads, head_dim]; k, v: [batch, window, kv_heads, head_dim]. It returns the attention output in
-        the shape of q.
+        q: [batch, window, heads, head_dim]; k, v: [batch, window, kv_heads, head_dim]. It returns the attention output
+        in the shape of q.
         """
         self._step(windows, 0, windows.shape[1], self._reference[0], _probe_backend(observe, len(windows)))
 
@@ -207,8 +209,17 @@ def _load(argv: list[str]) -> tuple[Any, Any]:
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     args = prepare_server_args(argv)
-    args.resolve_once()
-    refuse_unsupported_model(model_config_of(args))
+    if args.tp_size != 1 or args.pp_size != 1:
+        raise TuningError(f"--tp-size is {args.tp_size} and --pp-size {args.pp_size}; the tuner runs on one device")
+    try:
+        args.resolve_once()
+        model_config = model_config_of(args)
+    except KVTunerConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise TuningError(f"--model-path {args.model_path}: cannot be loaded: {error}") from error
+    refuse_unsupported_device(args.resolved_dict()["device"])
+    refuse_unsupported_model(model_config)
     ranks = SpawnRanks(world_rank=spawn_world_rank(args, tp_rank=0, pp_rank=0), gpu_id=0)
     publish(args, role="scheduler", ranks=ranks)
     one_batch._init_process_global_configs()

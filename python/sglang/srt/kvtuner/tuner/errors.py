@@ -8,7 +8,7 @@ class TuningError(ValueError):
 
 
 def import_optional(name: str):
-    """Import a module that the package's extra ``tuner`` brings; TuningError with the pip command where it is missing."""
+    """Import a module of the tuner's optional packages. Raises TuningError, with the pip command, where it is missing."""
     import importlib
 
     try:

@@ -52,8 +52,10 @@ class Row:
 
 
 def parse_configuration(spec: str, base: KVTunerConfig, num_layers: int) -> Configuration:
-    """``unquantized``, a pair (``K8V4``) or a preset's path; pair and preset with a recipe before a colon where it is not
-    the run's (``asym/K-channel/V-token/g64:K4V4``). Raises TuningError, and PresetError for a preset that cannot be used.
+    """``unquantized``, a pair (``K8V4``) or a preset's path; pair and preset with a recipe before a colon where it is
+    not the run's (``asym/K-channel/V-token/g64:K4V4``).
+
+    Raises TuningError, and PresetError for a preset that cannot be used.
     """
     if spec == UNQUANTIZED:
         return Configuration(spec, None)
@@ -74,8 +76,10 @@ def parse_configuration(spec: str, base: KVTunerConfig, num_layers: int) -> Conf
 def evaluate(
     run: TuningRun, specs: list[str], task: Callable[[Configuration], dict[str, float]] | None = None
 ) -> list[Row]:
-    """Score configurations on the final text, and with ``task`` where given; evaluation.md and evaluation.json in the run's
-    folder are written anew after every row."""
+    """Score configurations on the final text, and with ``task`` where given.
+
+    evaluation.md and evaluation.json in the run's folder are written anew after every row.
+    """
     configurations = [parse_configuration(spec, run.config, run.engine.num_layers) for spec in specs]
     rows: list[Row] = []
     with run.progress(len(configurations), "evaluate") as bar:

@@ -2,7 +2,7 @@
 
 Nothing of the sampler is stored: a run asks the same seeded sampler the same questions again, and scores that are
 already known come from the journal. An interrupted run that is started again therefore asks for exactly what an
-uninterrupted one would have. Source: KVTuner (arXiv 2502.04420), section 5, multi-objective search; NSGA-II: Deb et al. 2002.
+uninterrupted one would have. Source: KVTuner (arXiv 2502.04420), multi-objective search; NSGA-II: Deb et al. 2002.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pruning of a layer's pairs to its Pareto front, and groups of layers that may share a choice.
 
-Source: KVTuner (arXiv 2502.04420), section 5: intra-layer pruning of precision pairs and inter-layer clustering.
+Source: KVTuner (arXiv 2502.04420): intra-layer pruning of precision pairs and inter-layer clustering.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pareto_front(errors: dict[LayerBits, float]) -> tuple[LayerBits, ...]:
 def group_layers(
     fronts: list[tuple[LayerBits, ...]], errors: list[dict[LayerBits, float]], *, most: int
 ) -> tuple[LayerGroup, ...]:
-    """Groups of layers with the same front and similar errors on it; ``most`` of them, or one per front if that is more.
+    """Groups of layers with the same front and similar errors; ``most`` of them, or one per front if that is more.
 
     errors: per layer, at least for the pairs of its front; layers are compared by the largest distance of the errors'
     logarithms (complete linkage). Groups come in the order of their first layers.

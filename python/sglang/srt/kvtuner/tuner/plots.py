@@ -34,7 +34,7 @@ def front_plot(
     front: list[tuple[float, float]],
     uniform: dict[str, tuple[float, float]],
 ) -> None:
-    """Average stored bits against KL, all points (bits, kl): everything scored, the front, and uniform pairs by name."""
+    """Average stored bits against KL, points (bits, kl): everything scored, the front, uniform pairs by name."""
     figure, (axis,) = _subplots(1, width=6.5, height=4.5)
     axis.scatter(*zip(*scored), s=10, color="0.7", label="scored")
     axis.scatter(*zip(*uniform.values()), s=24, marker="x", color="tab:red", label="same pair in all layers")

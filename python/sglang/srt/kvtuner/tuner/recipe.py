@@ -1,4 +1,4 @@
-"""Pairs of bits, and cache plans that mix them over layers within one recipe (axes, symmetry, group, residual window)."""
+"""Pairs of bits, and cache plans that mix them over layers within one recipe (axes, symmetry, group size)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recipe_name(config: KVTunerConfig) -> str:
 
 
 def parse_recipe(name: str, base: KVTunerConfig) -> KVTunerConfig:
-    """The recipe of a name as :func:`recipe_name` gives it, with the residual length of ``base``. Raises TuningError."""
+    """The recipe of a :func:`recipe_name`, with the residual length of ``base``. Raises TuningError."""
     match = re.fullmatch(r"(a?sym)/K-(token|channel)/V-(token|channel)/g(\d+|all)", name)
     if match is None:
         raise TuningError(f"{name!r} is no recipe; an example of a valid one is {recipe_name(base)}")

@@ -27,8 +27,11 @@ from sglang.srt.kvtuner.tuner.starts import Choice, additive_optima, spread
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """max_bits: cap on average nominal bits. groups: most groups of layers. trials: different mixes to score. population:
-    NSGA-II's. starts: how many of the trials come from the additive model. seed: of everything random."""
+    """max_bits: cap on average nominal bits. groups: most groups of layers. trials: different mixes to score.
+    population: NSGA-II's. starts: how many of the trials come from the additive model. seed: of everything random.
+
+    Raises TuningError for numbers that leave nothing to search.
+    """
 
     max_bits: float = 4.0
     groups: int = 12
@@ -56,8 +59,9 @@ class FrontPoint:
 
 
 def search(run: TuningRun, settings: SearchSettings) -> list[FrontPoint]:
-    """Run or continue the search; returns the front by rising bits. Writes groups.json, front.md, front.json, front.png,
-    presets/*.yaml and best.yaml, the point of least divergence.
+    """Run or continue the search; returns the front by rising bits.
+
+    Writes groups.json, front.md, front.json, front.png, presets/*.yaml and best.yaml, the point of least divergence.
 
     Raises TuningError where no mix meets the cap, after the sensitivity has been written.
     """

@@ -35,6 +35,7 @@ def all_recipes(config: KVTunerConfig) -> tuple[KVTunerConfig, ...]:
 def attention_errors(run: TuningRun, recipes: tuple[KVTunerConfig, ...]) -> ErrorTable:
     """Relative attention-output errors of the recipes, measured now or taken from the run's folder."""
     path = run.folder / "attention-errors.json"
+    _ = run.journal  # refuses the folder of another run before anything in it is used or replaced
     known = _read_errors(path, recipes) if path.exists() else {}
     if missing := tuple(recipe for recipe in recipes if recipe not in known):
         run.say(f"sensitivity: attention-output errors of {len(missing)} recipes in {run.engine.num_layers} layers")

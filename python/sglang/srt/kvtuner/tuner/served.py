@@ -35,8 +35,9 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """server: server flags beside the configuration's (model and device among them). recall: items of the built-in task,
-    0 leaves it out. lm_eval: its tasks, comma-separated, or None. limit: documents per lm-eval task. log: server's log."""
+    """server: server flags beside the configuration's (model and device among them). log: file for the server's log.
+    recall: items of the built-in task, 0 leaves it out. lm_eval: its tasks, comma-separated, or None. limit: documents
+    per lm-eval task."""
 
     model: str
     server: tuple[str, ...]
@@ -105,8 +106,10 @@ def _lm_eval(url: str, settings: TaskSettings) -> dict[str, float]:
 
 @contextmanager
 def serve(settings: TaskSettings, flags: list[str], timeout: float = 900.0) -> Iterator[str]:
-    """A server for the time of a ``with`` block; yields its address. Raises TuningError, with the end of its log, when it does
-    not come up."""
+    """A server for the time of a ``with`` block; yields its address.
+
+    Raises TuningError, with the end of its log, when it does not come up within ``timeout`` seconds.
+    """
     from sglang.srt.utils import kill_process_tree
 
     with socket.socket() as probe:

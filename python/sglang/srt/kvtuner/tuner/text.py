@@ -46,7 +46,8 @@ def split_text(
     """Cut ``source`` into consecutive windows: the first for calibration, the next for search, the next for the final
     evaluation, unless that has a text of its own (``eval_source``).
 
-    counts: windows of the three. Raises TuningError for text that is missing, empty or too short, and for windows that occur twice.
+    counts: windows of the three. Raises TuningError for text that is missing, empty or too short, and for windows that
+    occur in two of them.
     """
     own_final = eval_source is not None
     needed = counts[:2] if own_final else counts
