@@ -4,16 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+TUNE_ARGS ?=
 
 RUN = $(VENV)/bin/python
 
-.PHONY: help venv setup model demo serve test clean
+.PHONY: help venv setup model demo serve tune-demo test clean
 
 help:
 	@echo "make setup   virtual environment $(VENV) with this sglang and its dependencies (first time: 11 GB, minutes)"
 	@echo "make model   the small real model of the demo and the tests, in .cache/models"
 	@echo "make demo    serve it with the quantized cache, ask a question, show what the cache costs (DEMO_ARGS=...)"
 	@echo "make serve   the same, and keep serving until Ctrl-C"
+	@echo "make tune-demo  find per-layer bits for that model, under 20 minutes on 2 cores (TUNE_ARGS=...)"
 	@echo "make test    all tests; PYTEST_ARGS='test/srt -k name' chooses, '-m \"not server\"' leaves out the slow ones"
 	@echo "make clean   remove the environment and everything that was built; .cache/wheels and models too"
 	@echo
@@ -33,6 +35,9 @@ demo: setup
 
 serve: setup
 	$(RUN) scripts/demo.py --serve $(DEMO_ARGS)
+
+tune-demo: setup
+	$(RUN) scripts/tune_demo.py $(TUNE_ARGS)
 
 test: setup
 	$(RUN) -m pytest -ra $(PYTEST_ARGS)

@@ -29,7 +29,8 @@ CLOSURE_INPUTS = ("python/upstream/pin.toml", "pyproject.toml", "sgl-kernel/pypr
 FORK_INPUTS = ("pyproject.toml", "python", "sgl-kernel/include", "sgl-kernel/csrc")
 KERNEL_INPUTS = ("sgl-kernel/pyproject.toml", "sgl-kernel/README.md", "sgl-kernel/python")
 
-TOOLS = ("pytest",)
+# For the tests, and for the tuner, which upstream's dependencies do not cover.
+TOOLS = ("pytest", "optuna", "matplotlib")
 
 
 class SetupError(RuntimeError):
@@ -43,6 +44,7 @@ def set_up(venv, log_path):
         "closure": digest(CLOSURE_INPUTS) + (" cpu" if kernel else " cuda"),
         "fork": digest(FORK_INPUTS),
         "kernel": digest(KERNEL_INPUTS) if kernel else "published",
+        "tools": " ".join(TOOLS),
     }
     stamp = venv / "installed.json"
     have = _read(stamp)
@@ -67,6 +69,8 @@ def set_up(venv, log_path):
     else:
         # pip would see the same version and do nothing.
         again = [*install, "--no-deps", "--force-reinstall"]
+        if have.get("tools") != wanted["tools"]:
+            _step("installing tools", [*install, *TOOLS], log_path)
         if kernel and have.get("kernel") != wanted["kernel"]:
             _step("installing sgl_kernel", [*again, *kernel], log_path)
         if have.get("fork") != wanted["fork"]:

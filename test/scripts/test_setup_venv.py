@@ -42,14 +42,14 @@ def steps(monkeypatch, tmp_path):
 
 def test_the_first_run_resolves_everything_at_once(steps):
     root, bring_up_to_date = steps
-    assert bring_up_to_date() == [["--upgrade", "pip"], [str(root / "sgl-kernel"), str(root), "pytest"]]
+    assert bring_up_to_date() == [["--upgrade", "pip"], [str(root / "sgl-kernel"), str(root), *setup_venv.TOOLS]]
     assert bring_up_to_date() == []
 
 
 def test_with_a_gpu_the_published_kernels_stay(steps, monkeypatch):
     root, bring_up_to_date = steps
     monkeypatch.setattr(setup_venv, "has_cuda", lambda: True)
-    assert bring_up_to_date()[-1] == [str(root), "pytest"]
+    assert bring_up_to_date()[-1] == [str(root), *setup_venv.TOOLS]
     (root / "sgl-kernel/python/sgl_kernel/__init__.py").write_text("changed")
     assert bring_up_to_date() == []
 
@@ -69,7 +69,14 @@ def test_another_pin_resolves_everything_again(steps):
     root, bring_up_to_date = steps
     bring_up_to_date()
     (root / "python/upstream/pin.toml").write_text("another")
-    assert bring_up_to_date() == [[str(root / "sgl-kernel"), str(root), "pytest"]]
+    assert bring_up_to_date() == [[str(root / "sgl-kernel"), str(root), *setup_venv.TOOLS]]
+
+
+def test_another_tool_is_installed_alone(steps, monkeypatch):
+    _, bring_up_to_date = steps
+    bring_up_to_date()
+    monkeypatch.setattr(setup_venv, "TOOLS", ("pytest", "another"))
+    assert bring_up_to_date() == [["pytest", "another"]]
 
 
 def test_leftovers_of_builds_change_nothing(steps):
@@ -92,7 +99,7 @@ def test_an_interrupted_run_starts_over(steps, monkeypatch):
         broken.setattr(setup_venv, "_step", fail)
         with pytest.raises(setup_venv.SetupError):
             setup_venv.set_up(root / "env", root / "log")
-    assert bring_up_to_date()[-1] == [str(root / "sgl-kernel"), str(root), "pytest"]
+    assert bring_up_to_date()[-1] == [str(root / "sgl-kernel"), str(root), *setup_venv.TOOLS]
 
 
 def test_a_failed_step_shows_the_end_of_its_log(tmp_path):

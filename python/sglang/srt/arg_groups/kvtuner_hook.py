@@ -26,6 +26,7 @@ def handle_kvtuner(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
     from sglang.srt.kvtuner import compatibility
     from sglang.srt.kvtuner.plan import build_plan
+    from sglang.srt.kvtuner.preset_header import warn_of_mismatch
 
     view = resolving_view(server_args)
     config = KVTunerConfig.from_args(server_args)
@@ -42,6 +43,7 @@ def handle_kvtuner(server_args: Any) -> None:
         head_dim=model_config.head_dim,
         page_size=page_size,
     )
+    warn_of_mismatch(config, server_args.model_path)
     # torch_native is upstream's backend without CUDA graphs and Triton helpers, which is what the reference needs
     # around it; the attention itself is ours (see kvtuner/backend.py).
     declare_resolution(server_args, _SOURCE, page_size=page_size, attention_backend="torch_native")

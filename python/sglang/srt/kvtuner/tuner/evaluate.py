@@ -1,0 +1,141 @@
+"""Final figures of a list of configurations on text that nothing was tuned on, and of a task that a server answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sglang.srt.kvtuner.config import KVTunerConfig
+from sglang.srt.kvtuner.preset import load_preset
+from sglang.srt.kvtuner.preset_header import recipe_flags
+from sglang.srt.kvtuner.tuner.errors import TuningError
+from sglang.srt.kvtuner.tuner.journal import Mix
+from sglang.srt.kvtuner.tuner.outputs import QUALITY_HEAD, quality_cells, text_table, write_json, write_text
+from sglang.srt.kvtuner.tuner.recipe import PlanMaker, average_bits, parse_pair, parse_recipe, recipe_name
+from sglang.srt.kvtuner.tuner.run import FINAL, TuningRun
+from sglang.srt.kvtuner.tuner.score import Quality
+
+UNQUANTIZED = "unquantized"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row: ``config`` None is upstream's cache. flags: what a server takes for it."""
+
+    name: str
+    config: KVTunerConfig | None
+    mix: Mix = ()
+
+    @property
+    def flags(self) -> list[str]:
+        config = self.config
+        if config is None:
+            return []
+        if config.preset is None:
+            bits = ["--kvtuner-nbits-key", str(config.nbits_key), "--kvtuner-nbits-value", str(config.nbits_value)]
+        else:
+            bits = ["--kvtuner-config", config.preset]
+        residual = ["--kvtuner-residual-length", str(config.residual_length)]
+        return ["--enable-kvtuner-quant", *bits, *recipe_flags(config).split(), *residual]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration with its bits per element and figures. tasks: score by task's name."""
+
+    configuration: Configuration
+    nominal_bits: float
+    stored_bits: float
+    quality: Quality
+    tasks: dict[str, float]
+
+
+def parse_configuration(spec: str, base: KVTunerConfig, num_layers: int) -> Configuration:
+    """``unquantized``, a pair (``K8V4``) or a preset's path; pair and preset with a recipe before a colon where it is
+    not the run's (``asym/K-channel/V-token/g64:K4V4``).
+
+    Raises TuningError, and PresetError for a preset that cannot be used.
+    """
+    if spec == UNQUANTIZED:
+        return Configuration(spec, None)
+    recipe, colon, bits = spec.partition(":")
+    config = parse_recipe(recipe, base) if colon else base
+    bits = bits if colon else spec
+    if bits.endswith((".yaml", ".yml")) or Path(bits).exists():
+        mix = load_preset(bits)
+        if len(mix) != num_layers:
+            raise TuningError(f"--configs {spec}: the preset has {len(mix)} layers, the model has {num_layers}")
+        return Configuration(spec, replace(config, preset=bits), mix)
+    pair = parse_pair(bits)
+    return Configuration(
+        spec, replace(config, nbits_key=pair.key, nbits_value=pair.value, preset=None), (pair,) * num_layers
+    )
+
+
+def evaluate(
+    run: TuningRun, specs: list[str], task: Callable[[Configuration], dict[str, float]] | None = None
+) -> list[Row]:
+    """Score configurations on the final text, and with ``task`` where given.
+
+    evaluation.md and evaluation.json in the run's folder are written anew after every row.
+    """
+    configurations = [parse_configuration(spec, run.config, run.engine.num_layers) for spec in specs]
+    rows: list[Row] = []
+    with run.progress(len(configurations), "evaluate") as bar:
+        for configuration in configurations:
+            row = _score(run, configuration)
+            if task is not None:
+                row = replace(row, tasks=task(configuration))
+            rows.append(row)
+            _write(run, rows)
+            bar.update()
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as one Markdown table."""
+    tasks = sorted({name for row in rows for name in row.tasks})
+    head = ("configuration", "recipe", "nominal bits", "stored bits", *QUALITY_HEAD, *tasks)
+    return text_table(
+        head,
+        [
+            (
+                row.configuration.name,
+                "" if row.configuration.config is None else recipe_name(row.configuration.config),
+                f"{row.nominal_bits:.3f}",
+                f"{row.stored_bits:.3f}",
+                *quality_cells(row.quality),
+                *(f"{100 * row.tasks[name]:.1f} %" if name in row.tasks else "" for name in tasks),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _score(run: TuningRun, configuration: Configuration) -> Row:
+    config, mix, engine = configuration.config, configuration.mix, run.engine
+    if config is None:
+        bits = 8.0 * engine.full_precision_bytes
+        return Row(configuration, bits, bits, run.scorer(FINAL).unquantized(), {})
+    plans = PlanMaker(
+        config, num_layers=engine.num_layers, head_dim=engine.head_dim, page_size=engine.settings.page_size
+    )
+    quality = run.scorer(FINAL).score(plans.plan(mix))
+    return Row(configuration, average_bits(mix), plans.stored_bits(mix), quality, {})
+
+
+def _write(run: TuningRun, rows: list[Row]) -> None:
+    write_text(run.folder / "evaluation.md", table(rows))
+    content = [
+        {
+            "configuration": row.configuration.name,
+            "flags": row.configuration.flags,
+            "nominal_bits": row.nominal_bits,
+            "stored_bits": row.stored_bits,
+            **asdict(row.quality),
+            "tasks": row.tasks,
+        }
+        for row in rows
+    ]
+    write_json(run.folder / "evaluation.json", content)

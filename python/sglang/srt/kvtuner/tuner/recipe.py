@@ -1,0 +1,82 @@
+"""Pairs of bits, and cache plans that mix them over layers within one recipe (axes, symmetry, group size)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import product
+
+from sglang.srt.kvtuner.config import KVTunerConfig
+from sglang.srt.kvtuner.plan import CachePlan, build_plan
+from sglang.srt.kvtuner.preset import LayerBits
+from sglang.srt.kvtuner.quantizer import SUPPORTED_BITS
+from sglang.srt.kvtuner.tuner.errors import TuningError
+
+ALL_PAIRS = tuple(LayerBits(key, value) for key, value in product(sorted(SUPPORTED_BITS, reverse=True), repeat=2))
+BEST_PAIR = LayerBits(8, 8)
+
+
+def pair_name(pair: LayerBits) -> str:
+    """``K8V4``."""
+    return f"K{pair.key}V{pair.value}"
+
+
+def parse_pair(text: str) -> LayerBits:
+    """The pair of a name as :func:`pair_name` gives it. Raises TuningError."""
+    match = re.fullmatch(r"K([248])V([248])", text.upper())
+    if match is None:
+        raise TuningError(f"{text!r} is no pair of bits; valid are {', '.join(map(pair_name, ALL_PAIRS))}")
+    return LayerBits(int(match[1]), int(match[2]))
+
+
+def average_bits(mix: tuple[LayerBits, ...]) -> float:
+    """Nominal bits per element, the mean of K and V over layers."""
+    return sum(pair.key + pair.value for pair in mix) / (2 * len(mix))
+
+
+def recipe_name(config: KVTunerConfig) -> str:
+    """Symmetry, axes and group size in words, without commas or spaces."""
+    axes = {0: "token", 1: "channel"}
+    symmetry = "asym" if config.asym else "sym"
+    group = "all" if config.group_size == -1 else str(config.group_size)
+    return f"{symmetry}/K-{axes[config.axis_key]}/V-{axes[config.axis_value]}/g{group}"
+
+
+def parse_recipe(name: str, base: KVTunerConfig) -> KVTunerConfig:
+    """The recipe of a :func:`recipe_name`, with the residual length of ``base``. Raises TuningError."""
+    match = re.fullmatch(r"(a?sym)/K-(token|channel)/V-(token|channel)/g(\d+|all)", name)
+    if match is None:
+        raise TuningError(f"{name!r} is no recipe; an example of a valid one is {recipe_name(base)}")
+    symmetry, key, value, group = match.groups()
+    return replace(
+        base,
+        asym=symmetry == "asym",
+        axis_key=int(key == "channel"),
+        axis_value=int(value == "channel"),
+        group_size=-1 if group == "all" else int(group),
+    )
+
+
+class PlanMaker:
+    """Cache plans for one model and recipe."""
+
+    def __init__(self, config: KVTunerConfig, *, num_layers: int, head_dim: int, page_size: int) -> None:
+        self._uniform = {
+            pair: build_plan(
+                replace(config, nbits_key=pair.key, nbits_value=pair.value, preset=None),
+                num_layers=num_layers,
+                head_dim=head_dim,
+                page_size=page_size,
+            )
+            for pair in ALL_PAIRS
+        }
+
+    def plan(self, mix: tuple[LayerBits, ...]) -> CachePlan:
+        """The plan whose layer i has the pair ``mix[i]``."""
+        return replace(
+            self._uniform[mix[0]], layers=tuple(self._uniform[pair].layers[i] for i, pair in enumerate(mix))
+        )
+
+    def stored_bits(self, mix: tuple[LayerBits, ...]) -> float:
+        """Stored bits per element, scales and zero points included, the mean of K and V over layers."""
+        return sum(self.plan(mix).stored_bits()) / 2

@@ -1,0 +1,152 @@
+"""Tasks that a server answers through its OpenAI endpoint: exact recall of entries in a long list, and lm-eval's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.kvtuner.tuner.errors import TuningError
+from sglang.srt.kvtuner.tuner.evaluate import Configuration
+
+RECALL = "recall"
+_HOST = "127.0.0.1"
+_GOODS = (
+    "anvil apron awl barrel basket bellows bobbin bottle bowl brush bucket candle chain chisel churn clamp comb crate "
+    "drum fiddle flask funnel gimlet hammer hatchet hinge hook horn jug kettle ladder ladle lamp lantern lever loom "
+    "mallet mirror mortar needle net oar paddle pail pan pestle pin plane plough pulley quill rake rasp razor rope "
+    "saddle saw scale scoop scythe shears shovel sickle sieve spade spindle spool stool tongs trowel wedge wheel whip"
+).split()
+# No proxy that the environment may name: traffic stays on this machine.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """server: server flags beside the configuration's (model and device among them). log: file for the server's log.
+    recall: items of the built-in task, 0 leaves it out. lm_eval: its tasks, comma-separated, or None. limit: documents
+    per lm-eval task."""
+
+    model: str
+    server: tuple[str, ...]
+    log: Path
+    recall: int = 40
+    lm_eval: str | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lm_eval and importlib.util.find_spec("lm_eval") is None:
+            raise TuningError("--lm-eval needs lm-eval, which is not installed: pip install 'lm-eval[api]'")
+
+
+def run_tasks(settings: TaskSettings, configuration: Configuration) -> dict[str, float]:
+    """Serve a configuration and score it; returns shares of right answers by task."""
+    scores = {}
+    with serve(settings, configuration.flags) as url:
+        if settings.recall:
+            scores[RECALL] = _recall(url, settings)
+        if settings.lm_eval:
+            scores |= _lm_eval(url, settings)
+    return scores
+
+
+def recall_items(count: int, seed: int) -> list[tuple[str, str]]:
+    """Prompts with their answers: a list of goods with four-digit numbers, then the name of one of the goods again."""
+    chooser = random.Random(seed)
+    items = []
+    for _ in range(count):
+        stock = [(name, str(chooser.randrange(1000, 10000))) for name in chooser.sample(_GOODS, len(_GOODS))]
+        name, number = chooser.choice(stock[: len(stock) * 3 // 4])
+        lines = "".join(f"{n}: {v}\n" for n, v in stock)
+        items.append((f"The store's list of goods and their numbers.\n{lines}\nAgain from the list:\n{name}:", number))
+    return items
+
+
+def _recall(url: str, settings: TaskSettings) -> float:
+    items = recall_items(settings.recall, settings.seed)
+    payload = {"model": "default", "prompt": [p for p, _ in items], "temperature": 0, "max_tokens": 8}
+    choices = _post(f"{url}/v1/completions", payload)["choices"]
+    answers = {choice["index"]: choice["text"].strip() for choice in choices}
+    return sum(answers[i].startswith(number) for i, (_, number) in enumerate(items)) / len(items)
+
+
+def _lm_eval(url: str, settings: TaskSettings) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = f"model=default,base_url={url}/v1/completions,tokenizer={settings.model},num_concurrent=8"
+        command = [
+            *(sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments),
+            *("--tasks", settings.lm_eval, "--output_path", folder, "--seed", str(settings.seed)),
+            *(("--limit", str(settings.limit)) if settings.limit else ()),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = sorted(Path(folder).rglob("results*.json"))
+        if done.returncode or not found:
+            raise TuningError(f"lm-eval failed with exit status {done.returncode}:\n{done.stderr[-3000:]}")
+        results = json.loads(found[-1].read_text(encoding="utf-8"))["results"]
+    return {
+        f"{task} {name.partition(',')[0]}": value
+        for task, metrics in results.items()
+        for name, value in metrics.items()
+        if name.partition(",")[0] in ("acc", "acc_norm", "exact_match") and isinstance(value, float)
+    }
+
+
+@contextmanager
+def serve(settings: TaskSettings, flags: list[str], timeout: float = 900.0) -> Iterator[str]:
+    """A server for the time of a ``with`` block; yields its address.
+
+    Raises TuningError, with the end of its log, when it does not come up within ``timeout`` seconds.
+    """
+    from sglang.srt.utils import kill_process_tree
+
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        port = probe.getsockname()[1]
+    url = f"http://{_HOST}:{port}"
+    command = [sys.executable, "-m", "sglang.launch_server", "--host", _HOST, "--port", str(port)]
+    settings.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(settings.log, "wb") as log:
+        process = subprocess.Popen(
+            [*command, *settings.server, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        end = time.monotonic() + timeout
+        while not _healthy(url):
+            if process.poll() is not None or time.monotonic() > end:
+                tail = "\n".join(settings.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+                raise TuningError(f"the server for {' '.join(flags) or 'upstream'} did not start:\n{tail}")
+            time.sleep(1)
+        yield url
+    finally:
+        kill_process_tree(process.pid)
+        process.wait()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with _opener.open(f"{url}/health", timeout=30) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _post(url: str, payload: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(payload).encode(), {"Content-Type": "application/json"})
+    try:
+        with _opener.open(request, timeout=1800) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        raise TuningError(f"{url} answered with {error.code}: {error.read().decode(errors='replace')}") from error

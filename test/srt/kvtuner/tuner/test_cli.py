@@ -1,0 +1,101 @@
+"""The command line: what is refused before a model is loaded, and how."""
+
+import pytest
+
+from sglang.srt.kvtuner.config import KVTunerConfig
+from sglang.srt.kvtuner.preset import LayerBits
+from sglang.srt.kvtuner.tuner.cli import main
+from sglang.srt.kvtuner.tuner.errors import TuningError
+from sglang.srt.kvtuner.tuner.evaluate import parse_configuration
+from sglang.srt.kvtuner.tuner.outputs import text_table
+from sglang.srt.kvtuner.tuner.recipe import parse_recipe, recipe_name
+from sglang.srt.kvtuner.tuner.served import recall_items
+
+
+def refusal(capsys, *arguments):
+    assert main([*arguments, "--model-path", "no-such-model"]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"sglang kvtuner {arguments[0]}: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (("--window", "500"), "--window is 500; valid are multiples of --chunk 128 from 256 on"),
+        (("--window", "128"), "--window is 128; valid are multiples"),
+        (("--chunk", "100"), "--chunk is 100; valid are multiples of --page-size 64"),
+        (("--stride", "0"), "--stride is 0; valid are 1 to --chunk 128"),
+        (("--batch", "0"), "--batch is 0; valid are 1 and above"),
+        (("--windows", "2", "0", "1"), "--windows is 2 0 1; valid are three counts from 1 on"),
+        (("--kvtuner-axis-key", "2"), "--kvtuner-axis-key is 2; valid are 0, 1"),
+        (("--text", "/no/such/file.txt"), "--text /no/such/file.txt: no such file"),
+        (("--eval-text", "/no/such/file.txt"), "--eval-text /no/such/file.txt: no such file"),
+    ],
+)
+def test_impossible_settings_are_named(capsys, monkeypatch, arguments, problem):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert problem in refusal(capsys, "evaluate", "--configs", "K8V8", *arguments)
+
+
+def test_search_settings_are_named(capsys):
+    pytest.importorskip("optuna", reason="the search needs optuna")
+    pytest.importorskip("matplotlib", reason="the search plots with matplotlib")
+    assert "--trials is 0; valid are 1 and above" in refusal(capsys, "search", "--trials", "0")
+
+
+def test_a_missing_package_is_told_with_the_command_that_installs_it(capsys, monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    assert "pip install optuna matplotlib" in refusal(capsys, "search")
+
+
+BASE = KVTunerConfig(residual_length=0)
+
+
+def test_configurations_become_server_flags():
+    row = parse_configuration("asym/K-channel/V-token/g32:K8V4", BASE, 3)
+    assert row.mix == (LayerBits(8, 4),) * 3
+    assert " ".join(row.flags) == (
+        "--enable-kvtuner-quant --kvtuner-nbits-key 8 --kvtuner-nbits-value 4 --kvtuner-asym true --kvtuner-axis-key 1 "
+        "--kvtuner-axis-value 0 --kvtuner-q-group-size 32 --kvtuner-residual-length 0"
+    )
+    assert parse_configuration("unquantized", BASE, 3).flags == []
+
+
+@pytest.mark.parametrize(
+    "config", [BASE, KVTunerConfig(asym=True, axis_key=1, group_size=32), KVTunerConfig(group_size=-1)]
+)
+def test_recipes_are_known_by_their_names(config):
+    found = parse_recipe(recipe_name(config), config)
+    assert found == config
+
+
+@pytest.mark.parametrize(
+    "spec, problem", [("K3V4", "'K3V4' is no pair of bits; valid are K8V8"), ("x:K4V4", "'x' is no recipe")]
+)
+def test_unknown_configurations_are_refused(spec, problem):
+    with pytest.raises(TuningError, match=problem):
+        parse_configuration(spec, BASE, 3)
+
+
+def test_a_preset_of_another_layer_count_is_refused(tmp_path):
+    path = tmp_path / "two.yaml"
+    path.write_text("0: {nbits_key: 8, nbits_value: 4}\n1: {nbits_key: 8, nbits_value: 4}\n")
+    with pytest.raises(TuningError, match="the preset has 2 layers, the model has 3"):
+        parse_configuration(str(path), BASE, 3)
+    row = parse_configuration(str(path), BASE, 2)
+    assert row.mix == (LayerBits(8, 4),) * 2 and row.flags[1:3] == ["--kvtuner-config", str(path)]
+
+
+def test_recall_items_hold_their_answer_once():
+    for prompt, answer in recall_items(5, seed=1):
+        name = prompt.rpartition("\n")[2]
+        assert f"\n{name} {answer}\n" in prompt and len(answer) == 4
+    assert recall_items(3, seed=1) == recall_items(3, seed=1) != recall_items(3, seed=2)
+
+
+def test_tables_are_aligned():
+    assert text_table(("a", "bb"), [("ccc", "1")]) == "| a   | bb |\n| --- | -: |\n| ccc |  1 |\n"
