@@ -43,10 +43,15 @@ def model_name(model_path: str) -> str:
 
 def recipe_flags(config: KVTunerConfig) -> str:
     """The flags that say how codes are made, which a preset's bits were tuned for."""
-    return (
+    flags = (
         f"--kvtuner-asym {str(config.asym).lower()} --kvtuner-axis-key {config.axis_key} "
         f"--kvtuner-axis-value {config.axis_value} --kvtuner-q-group-size {config.group_size}"
     )
+    if config.hadamard_key:
+        flags += " --kvtuner-hadamard-key true"
+    if config.sink_length:
+        flags += f" --kvtuner-sink-length {config.sink_length}"
+    return flags
 
 
 def warn_of_mismatch(config: KVTunerConfig, model_path: str) -> None:

@@ -63,10 +63,16 @@ def test_configurations_become_server_flags():
         "--kvtuner-axis-value 0 --kvtuner-q-group-size 32 --kvtuner-residual-length 0"
     )
     assert parse_configuration("unquantized", BASE, 3).flags == []
+    assert parse_configuration("K16V4", BASE, 3).mix == (LayerBits(16, 4),) * 3
+    rotated = parse_configuration("sym/K-token-rotated/V-token/g64:K4V4", KVTunerConfig(sink_length=4), 3)
+    assert " ".join(rotated.flags).endswith(
+        "--kvtuner-hadamard-key true --kvtuner-sink-length 4 --kvtuner-residual-length 128"
+    )
 
 
 @pytest.mark.parametrize(
-    "config", [BASE, KVTunerConfig(asym=True, axis_key=1, group_size=32), KVTunerConfig(group_size=-1)]
+    "config",
+    [BASE, KVTunerConfig(asym=True, axis_key=1, group_size=32), KVTunerConfig(group_size=-1, hadamard_key=True)],
 )
 def test_recipes_are_known_by_their_names(config):
     found = parse_recipe(recipe_name(config), config)
@@ -74,7 +80,7 @@ def test_recipes_are_known_by_their_names(config):
 
 
 @pytest.mark.parametrize(
-    "spec, problem", [("K3V4", "'K3V4' is no pair of bits; valid are K8V8"), ("x:K4V4", "'x' is no recipe")]
+    "spec, problem", [("K3V4", "'K3V4' is no pair of bits; valid are K2V2"), ("x:K4V4", "'x' is no recipe")]
 )
 def test_unknown_configurations_are_refused(spec, problem):
     with pytest.raises(TuningError, match=problem):

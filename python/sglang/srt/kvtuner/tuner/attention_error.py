@@ -10,13 +10,14 @@ Source: KVTuner (arXiv 2502.04420), layer-wise sensitivity by relative attention
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang.srt.kvtuner.config import KVTunerConfig
 from sglang.srt.kvtuner.formats import SCALE_DTYPE
+from sglang.srt.kvtuner.hadamard import block_size, rotate
 from sglang.srt.kvtuner.preset import LayerBits
 from sglang.srt.kvtuner.quantizer import quantize
 from sglang.srt.kvtuner.tuner.engine import EngineSettings, TunerEngine
@@ -50,8 +51,12 @@ class _Side:
     asym: bool
     axis: int
     group_size: int
+    rotated: bool = False
 
     def stored(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rotated:
+            block = block_size(x.shape[-1])
+            return rotate(replace(self, rotated=False).stored(rotate(x, block)), block)
         return quantize(
             x,
             nbits=self.nbits,
@@ -111,6 +116,6 @@ class _Probe:
 
 def _sides(recipe: KVTunerConfig, pair: LayerBits) -> tuple[_Side, _Side]:
     return (
-        _Side(pair.key, recipe.asym, recipe.axis_key, recipe.group_size),
+        _Side(pair.key, recipe.asym, recipe.axis_key, recipe.group_size, recipe.hadamard_key),
         _Side(pair.value, recipe.asym, recipe.axis_value, recipe.group_size),
     )

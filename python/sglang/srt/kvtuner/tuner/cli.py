@@ -91,6 +91,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kvtuner-axis-value", type=int, default=0, help="as the server's (default: 0)")
     parser.add_argument("--kvtuner-q-group-size", type=int, default=64, help="as the server's (default: 64)")
     parser.add_argument(
+        "--kvtuner-hadamard-key", type=_boolean, nargs="?", const=True, default=False, help="as the server's (default: false)"
+    )
+    parser.add_argument("--kvtuner-sink-length", type=int, default=0, help="as the server's (default: 0)")
+    parser.add_argument(
         "--kvtuner-residual-length",
         type=int,
         default=0,
@@ -121,6 +125,8 @@ def _run(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
         axis_value=options.kvtuner_axis_value,
         group_size=options.kvtuner_q_group_size,
         residual_length=options.kvtuner_residual_length,
+        sink_length=options.kvtuner_sink_length,
+        hadamard_key=options.kvtuner_hadamard_key,
     )
     if options.command == "sensitivity":
         import_optional("matplotlib")

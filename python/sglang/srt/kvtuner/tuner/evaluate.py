@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sglang.srt.kvtuner.config import KVTunerConfig
+from sglang.srt.kvtuner.plan import build_plan
 from sglang.srt.kvtuner.preset import load_preset
 from sglang.srt.kvtuner.preset_header import recipe_flags
 from sglang.srt.kvtuner.tuner.errors import TuningError
 from sglang.srt.kvtuner.tuner.journal import Mix
 from sglang.srt.kvtuner.tuner.outputs import QUALITY_HEAD, quality_cells, text_table, write_json, write_text
-from sglang.srt.kvtuner.tuner.recipe import PlanMaker, average_bits, parse_pair, parse_recipe, recipe_name
+from sglang.srt.kvtuner.tuner.recipe import average_bits, parse_pair, parse_recipe, recipe_name
 from sglang.srt.kvtuner.tuner.run import FINAL, TuningRun
 from sglang.srt.kvtuner.tuner.score import Quality
 
@@ -118,11 +119,10 @@ def _score(run: TuningRun, configuration: Configuration) -> Row:
     if config is None:
         bits = 8.0 * engine.full_precision_bytes
         return Row(configuration, bits, bits, run.scorer(FINAL).unquantized(), {})
-    plans = PlanMaker(
+    plan = build_plan(
         config, num_layers=engine.num_layers, head_dim=engine.head_dim, page_size=engine.settings.page_size
     )
-    quality = run.scorer(FINAL).score(plans.plan(mix))
-    return Row(configuration, average_bits(mix), plans.stored_bits(mix), quality, {})
+    return Row(configuration, average_bits(mix), sum(plan.stored_bits()) / 2, run.scorer(FINAL).score(plan), {})
 
 
 def _write(run: TuningRun, rows: list[Row]) -> None:

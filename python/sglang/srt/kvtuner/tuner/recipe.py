@@ -23,9 +23,9 @@ def pair_name(pair: LayerBits) -> str:
 
 def parse_pair(text: str) -> LayerBits:
     """The pair of a name as :func:`pair_name` gives it. Raises TuningError."""
-    match = re.fullmatch(r"K([248])V([248])", text.upper())
+    match = re.fullmatch(r"K(2|4|8|16)V(2|4|8|16)", text.upper())
     if match is None:
-        raise TuningError(f"{text!r} is no pair of bits; valid are {', '.join(map(pair_name, ALL_PAIRS))}")
+        raise TuningError(f"{text!r} is no pair of bits; valid are K2V2 to K16V16, widths 2, 4, 8 and 16")
     return LayerBits(int(match[1]), int(match[2]))
 
 
@@ -39,19 +39,21 @@ def recipe_name(config: KVTunerConfig) -> str:
     axes = {0: "token", 1: "channel"}
     symmetry = "asym" if config.asym else "sym"
     group = "all" if config.group_size == -1 else str(config.group_size)
-    return f"{symmetry}/K-{axes[config.axis_key]}/V-{axes[config.axis_value]}/g{group}"
+    key = axes[config.axis_key] + ("-rotated" if config.hadamard_key else "")
+    return f"{symmetry}/K-{key}/V-{axes[config.axis_value]}/g{group}"
 
 
 def parse_recipe(name: str, base: KVTunerConfig) -> KVTunerConfig:
-    """The recipe of a :func:`recipe_name`, with the residual length of ``base``. Raises TuningError."""
-    match = re.fullmatch(r"(a?sym)/K-(token|channel)/V-(token|channel)/g(\d+|all)", name)
+    """The recipe of a :func:`recipe_name`, with the residual and sink length of ``base``. Raises TuningError."""
+    match = re.fullmatch(r"(a?sym)/K-(token|channel)(-rotated)?/V-(token|channel)/g(\d+|all)", name)
     if match is None:
         raise TuningError(f"{name!r} is no recipe; an example of a valid one is {recipe_name(base)}")
-    symmetry, key, value, group = match.groups()
+    symmetry, key, rotated, value, group = match.groups()
     return replace(
         base,
         asym=symmetry == "asym",
         axis_key=int(key == "channel"),
+        hadamard_key=rotated is not None,
         axis_value=int(value == "channel"),
         group_size=-1 if group == "all" else int(group),
     )
