@@ -151,8 +151,8 @@ def _hadamard_block(head_dim: int) -> int:
     block = block_size(head_dim)
     if block == 1:
         raise KVTunerConfigError(
-            f"--kvtuner-hadamard-key is True: the model's head_dim {head_dim} is odd; rotated are blocks of channels "
-            "whose size is a power of two that divides it"
+            f"--kvtuner-hadamard-key, or hadamard_key of a layer in --kvtuner-config, is true: the model's head_dim "
+            f"{head_dim} is odd, and rotated are blocks of channels whose size is a power of two that divides it"
         )
     return block
 

@@ -107,7 +107,7 @@ class KVTunerTokenToKVPool(KVCache):
     ) -> torch.Tensor:
         packed = decode_pages(pages[step.packed_pages], fmt)  # [pages, heads, page_size, head_dim]
         packed = packed.transpose(1, 2).reshape(step.packed_end, self.kv_heads, self.head_dim)
-        if step.packed_end:
+        if self.sinks.length and step.packed_end:
             packed[: self.sinks.length] = sinks[step.packed_pages[0]].float()
         return torch.cat([packed, ring[step.slot, step.prior_rows].float()])
 
@@ -123,7 +123,7 @@ class KVTunerTokenToKVPool(KVCache):
         completed = step.completed_pages.numel()
         if completed:
             tokens = torch.cat([ring[step.slot, step.open_rows], new])[: completed * self.page_size]
-            if step.prior < self.page_size:
+            if self.sinks.length and step.prior < self.page_size:
                 sinks[step.completed_pages[0]] = tokens[: self.sinks.length]
             tokens = tokens.unflatten(0, (completed, self.page_size)).transpose(1, 2)
             pages[step.completed_pages] = encode_pages(tokens, fmt)

@@ -16,9 +16,9 @@ def contribute_internal_state(scheduler: Any, state: dict) -> None:
 def pool_report(pool: KVTunerTokenToKVPool) -> dict:
     """Figures of one rank's pool.
 
-    stored_bits*: bits of the packed buffers per element that they can hold.
-    sink_bits: what sinks add to that. bytes_per_token*: of this rank. pool_bytes: packed pages and sinks.
-    capacity_tokens_full_precision: tokens of an unquantized cache in the same memory (pages, sinks and rings).
+    stored_bits*: bits of the packed buffers per element that they can hold. sink_bits: what sinks add to that.
+    bytes_per_token*: of this rank. pool_bytes: packed pages and sinks. capacity_tokens_full_precision: tokens of an
+    unquantized cache in the same memory (pages, sinks and rings).
     """
     tokens = pool.keys[0].shape[0] * pool.page_size
     elements = tokens * pool.kv_heads * pool.head_dim * pool.layer_num
