@@ -23,7 +23,8 @@ def tune(model, out, command, *options):
         [
             *(sys.executable, "-m", "sglang.srt.kvtuner.tuner", command, "--model-path", str(model), "--out", str(out)),
             *("--windows", "1", "1", "1", "--window", str(WINDOW), "--chunk", str(CHUNK), "--batch", "1", *options),
-            *("--", *device_flags()),
+            *(() if "--" in options else ("--",)),
+            *device_flags(),
         ],
         capture_output=True,
         text=True,
@@ -54,10 +55,9 @@ def test_search_leaves_presets_tables_and_plots(tmp_path, random_llama):
         assert f"| {name} " in printed
 
 
-def test_figures_are_those_of_an_independent_simulation(tmp_path, random_llama):
-    model = random_llama()
-    recipe = fake_quant.Recipe(8, 4, asym=True, axis_key=1)
-    tune(model, tmp_path, "evaluate", "--stride", "1", "--configs", "unquantized", "asym/K-channel/V-token/g64:K8V4")
+def test_figures_are_those_of_an_independent_simulation(tmp_path, smollm2_checkpoint):
+    model, recipe = smollm2_checkpoint, fake_quant.Recipe(4, 4)
+    tune(model, tmp_path, "evaluate", "--stride", "1", "--configs", "unquantized", "K4V4", "--", "--dtype", "float32")
     rows = json.loads((tmp_path / "evaluation.json").read_text())
     from transformers import AutoTokenizer
 
@@ -65,6 +65,6 @@ def test_figures_are_those_of_an_independent_simulation(tmp_path, random_llama):
     final = ids[2 * WINDOW : 3 * WINDOW]
     expected = [fake_quant.window_logprobs(model, [final], r, CHUNK)[0, CHUNK:] for r in (None, recipe)]
     for row, logprobs in zip(rows, expected, strict=True):
-        assert math.log(row["perplexity"]) == pytest.approx(-float(logprobs.mean()), abs=2e-3)
+        assert math.log(row["perplexity"]) == pytest.approx(-float(logprobs.mean()), abs=5e-4)
     # What quantization changes is an order of magnitude above the tolerance.
     assert abs(float((expected[0] - expected[1]).mean())) > 2e-2
