@@ -6,6 +6,7 @@ A header is lines ``# name: value`` before the first layer; KVTuner's own preset
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from sglang.srt.kvtuner.config import KVTunerConfig
@@ -56,7 +57,8 @@ def recipe_flags(config: KVTunerConfig) -> str:
 
 def warn_of_mismatch(config: KVTunerConfig, model_path: str) -> None:
     """Log a warning when the header of the preset in use names another model, or other recipe flags."""
-    path, recipe = config.preset, recipe_flags(config)
+    # Rotated layers say so themselves.
+    path, recipe = config.preset, recipe_flags(replace(config, hadamard_key=False))
     if path is None:
         return
     header = read_header(path)

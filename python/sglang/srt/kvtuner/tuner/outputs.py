@@ -47,6 +47,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_preset(path: Path, mix: tuple[LayerBits, ...], header: dict[str, str]) -> None:
-    """Write a preset in KVTuner's YAML format, for ``--kvtuner-config``, with a header of comments."""
-    layers = [f"{i}:\n  nbits_key: {pair.key}\n  nbits_value: {pair.value}\n" for i, pair in enumerate(mix)]
+    """Write a preset in KVTuner's YAML format, for ``--kvtuner-config``, with a header of comments.
+
+    Rotated layers say so, which extends the format (preset.py).
+    """
+    layers = [
+        f"{i}:\n  nbits_key: {pair.key}\n  nbits_value: {pair.value}\n" + pair.hadamard_key * "  hadamard_key: true\n"
+        for i, pair in enumerate(mix)
+    ]
     write_text(path, format_header(header) + "".join(layers))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from sglang.srt.kvtuner.preset_header import recipe_flags
 from sglang.srt.kvtuner.tuner import sensitivity
@@ -145,8 +146,8 @@ def _write_front(
     for old in (run.folder / "presets").glob("front-*.yaml"):
         old.unlink()
     for name, point in zip(names, front):
-        write_preset(run.folder / "presets" / name, point.mix, _header(run, point))
-    write_preset(run.folder / "best.yaml", front[-1].mix, _header(run, front[-1]))
+        _write_preset(run, run.folder / "presets" / name, point)
+    _write_preset(run, run.folder / "best.yaml", front[-1])
     rows = [
         (name, f"{p.nominal_bits:.3f}", f"{p.stored_bits:.3f}", *quality_cells(p.quality))
         for name, p in zip(names, front)
@@ -177,12 +178,17 @@ def _write_front(
     )
 
 
+def _write_preset(run: TuningRun, path: Path, point: FrontPoint) -> None:
+    mix = tuple(replace(pair, hadamard_key=run.config.hadamard_key) for pair in point.mix)
+    write_preset(path, mix, _header(run, point))
+
+
 def _header(run: TuningRun, point: FrontPoint) -> dict[str, str]:
     engine, quality = run.engine, point.quality
     return {
         "written by": "sglang kvtuner search",
         "model": run.settings["model"],
-        "recipe": recipe_flags(run.config),
+        "recipe": recipe_flags(replace(run.config, hadamard_key=False)),
         "bits": f"{point.nominal_bits:.4g} nominal, {point.stored_bits:.4g} stored per element",
         "quality": f"KL {quality.kl:.6g} nats, perplexity {quality.perplexity:.5g}, top-1 agreement {quality.top1:.4f}",
         "scored with": f"search text {run.settings['texts'][SEARCH]}, windows of {engine.settings.window} tokens in "
