@@ -17,6 +17,8 @@ FLOAT32 = ("--dtype", "float32", "--sleep-on-idle")
 CHUNK = 128
 KV8 = Recipe(8, 8)
 KV4 = Recipe(4, 4, asym=True, axis_key=1, axis_value=0, group=64)
+K8V4 = Recipe(8, 4, asym=True)
+KV4_PER_TOKEN = Recipe(4, 4)
 KV4_ROTATED = Recipe(4, 4, hadamard_key=True)
 
 IMPORT_LOGGER = '''
@@ -105,8 +107,8 @@ def test_window_larger_than_every_sequence_equals_flag_off(smollm2_checkpoint, f
 
 @pytest.mark.parametrize(
     "recipe, limit",
-    [(KV8, 0.003), (KV4, 0.05), (KV4_ROTATED, 0.05)],
-    ids=["KV8 symmetric", "KV4 K per channel", "KV4 K rotated"],
+    [(KV8, 0.003), (K8V4, 0.01), (KV4_PER_TOKEN, 0.05), (KV4, 0.05), (KV4_ROTATED, 0.05)],
+    ids=["KV8 symmetric", "K8V4 asymmetric", "KV4 per token", "KV4 K per channel", "KV4 K rotated"],
 )
 def test_perplexity_of_the_served_cache(smollm2_checkpoint, texts, flag_off, launch_server, recipe, limit):
     flags = (*recipe.flags(), "--kvtuner-residual-length", "0", "--chunked-prefill-size", str(CHUNK))
