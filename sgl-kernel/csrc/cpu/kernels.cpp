@@ -64,8 +64,6 @@ Dtype dtype_of(TensorView t) {
   return Dtype::bf16;
 }
 
-int64_t size_of(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
-
 // t: [rows, heads, head_dim]; ring: [slots, rows, heads, head_dim].
 RowSource rows_of(TensorView t) {
   const int n = t.ndim();
@@ -162,7 +160,7 @@ void attend(TensorView q, TensorView k_new, TensorView v_new, TensorView k_ring,
   const Body& b = body();
   const int threads = omp_get_max_threads();
   Schedule plan = make_schedule(c, cache.count, threads);
-  const std::unique_ptr<float[]> partials(new float[plan.partial_rows * (c.head_dim + 2)]);
+  const std::unique_ptr<float[]> partials(new float[partial_floats(plan.partial_rows, c.head_dim)]);
   float* partial = partials.get();
   for (size_t m = 0; m < plan.first.size(); ++m)
     for (int i = plan.first[m]; i < plan.first[m] + plan.count[m]; ++i) {
@@ -186,10 +184,6 @@ void attend(TensorView q, TensorView k_new, TensorView v_new, TensorView k_ring,
         merge(c, plan.items.data() + plan.first[m], plan.count[m]);
     }
   }
-}
-
-const char* row_at(const RowSource& s, int64_t row, int64_t head) {
-  return (const char*)s.data + (row * s.row_stride + head * s.head_stride) * size_of(s.dtype);
 }
 
 struct PackTask {
@@ -217,18 +211,16 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
     const Sequence& s = *task.sequence;
     const RowSource &fresh = value ? c.v_new : c.k_new, &ring = value ? c.v_ring : c.k_ring;
     const BlockFormat& f = value ? c.value : c.key;
+    const RowSource& sinks = value ? c.v_sinks : c.k_sinks;
+    const int64_t id = c.pages[s.page_begin + task.page_index];
     rows.resize(page * dim), codes.resize(page * dim);
     for (int64_t t = 0; t < page; ++t) {
       const int64_t position = task.page_index * page + t;
-      const bool is_fresh = position >= s.prior;
-      const RowSource& from = is_fresh ? fresh : ring;
-      const int64_t row = is_fresh ? s.first + position - s.prior : s.slot * c.ring_length + position % c.ring_length;
-      b.load_rows(from.dtype, row_at(from, row, head), dim, rows.data() + t * dim);
+      const RowSource& from = s.is_fresh(position) ? fresh : ring;
+      const char* source = from.at(s.row_of(position, c.ring_length), head);
+      b.load_rows(from.dtype, source, dim, rows.data() + t * dim);
+      if (position < c.sinks) std::memcpy((char*)sinks.at(id * c.sinks + position, head), source, dim * size_of(from.dtype));
     }
-    const int64_t id = c.pages[s.page_begin + task.page_index];
-    const RowSource& sinks = value ? c.v_sinks : c.k_sinks;
-    for (int t = 0; t < (task.page_index == 0 ? c.sinks : 0); ++t)
-      store_floats(sinks.dtype, (char*)row_at(sinks, id * c.sinks + t, head), rows.data() + t * dim, 1.f, dim);
     b.pack(f, rows.data(), (value ? c.v_pages : c.k_pages) + (id * c.kv_heads + head) * f.block_bytes(), codes.data());
   };
   const auto keep_one = [&](int64_t i) {
@@ -237,8 +229,8 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
     for (const auto& [from, to] : {std::pair(&c.k_new, &c.k_ring), std::pair(&c.v_new, &c.v_ring)})
       for (int64_t p = std::max(s.prior, end - c.ring_length); p < end; ++p)
         for (int h = 0; h < c.kv_heads; ++h) {
-          const char* source = row_at(*from, s.first + p - s.prior, h);
-          char* target = (char*)row_at(*to, s.slot * c.ring_length + p % c.ring_length, h);
+          const char* source = from->at(s.first + p - s.prior, h);
+          char* target = (char*)to->at(s.slot * c.ring_length + p % c.ring_length, h);
           std::memcpy(target, source, dim * size_of(to->dtype));
         }
   };

@@ -52,19 +52,16 @@ inline void load_queries(const AttendCall& c, const WorkItem& item, Scratch& s) 
   for (int r = 0; r < rows; ++r) {
     const int64_t row = c.sequences[item.sequence].first + item.token_begin + r / c.group;
     float* q = s.q + r * dim;
-    load_rows(c.q.dtype, row_at(c.q, row, item.kv_head * c.group + r % c.group), dim, q);
+    load_rows(c.q.dtype, c.q.at(row, item.kv_head * c.group + r % c.group), dim, q);
     for (int i = 0; i < dim; i += 16) f_store(q + i, f_mul(f_load(q + i), factor));
     s.state.most[r] = kNothing;
-  }
-  if (c.key.hadamard) {
-    memcpy(s.page_q, s.q, sizeof(float) * rows * dim);
-    for (int r = 0; r < rows; ++r) rotate_row(s.page_q + r * dim, dim, c.key.hadamard, s.folded);
   }
   memset(s.state.sums, 0, sizeof(float) * rows * kLanes);
   memset(s.state.acc, 0, sizeof(float) * rows * dim);
 }
 
 inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, int64_t last) {
+  if (item.unit_begin >= last) return;
   const int rows = s.state.rows, dim = c.head_dim, page = c.key.page, stride = s.run * page;
   const int32_t* pages = c.pages + c.sequences[item.sequence].page_begin;
   const auto key_block = [&](int64_t u) {
@@ -75,6 +72,10 @@ inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, 
   };
   for (int64_t u = item.unit_begin; u < last && u < item.unit_begin + s.run; ++u)
     Prefetch{key_block(u), 0}.fetch(s.key.bytes / kVectorBytes);
+  if (c.key.hadamard) {
+    memcpy(s.page_q, s.q, sizeof(float) * rows * dim);
+    for (int r = 0; r < rows; ++r) rotate_row(s.page_q + r * dim, dim, c.key.hadamard, s.folded);
+  }
   const bool keys_once = s.key.bits == 16 || s.key.reduction_groups;
   if (keys_once) prepare(s.key, nullptr, s.page_q, dim, rows, s.folded, s.keys);
   for (int64_t u = item.unit_begin; u < last; u += s.run) {

@@ -18,10 +18,6 @@ inline F load_row(const void* row, int i) {
   return load_half((const uint16_t*)row + i);
 }
 
-inline const void* row_at(const RowSource& s, int64_t row, int64_t head) {
-  return (const char*)s.data + (row * s.row_stride + head * s.head_stride) * (s.dtype == Dtype::f32 ? 4 : 2);
-}
-
 // Rows of the tokens of a tile.
 struct TileRows {
   const void *key[kTailTokens], *value[kTailTokens];
@@ -33,11 +29,10 @@ inline TileRows tail_rows(const AttendCall& c, const WorkItem& item, int64_t beg
   TileRows tile;
   tile.count = (int)(end - begin);
   for (int t = 0; t < tile.count; ++t) {
-    const int64_t position = begin + t;
-    const bool fresh = position >= s.prior;
-    const int64_t row = fresh ? s.first + position - s.prior : s.slot * c.ring_length + position % c.ring_length;
-    tile.key[t] = row_at(fresh ? c.k_new : c.k_ring, row, item.kv_head);
-    tile.value[t] = row_at(fresh ? c.v_new : c.v_ring, row, item.kv_head);
+    const bool fresh = s.is_fresh(begin + t);
+    const int64_t row = s.row_of(begin + t, c.ring_length);
+    tile.key[t] = (fresh ? c.k_new : c.k_ring).at(row, item.kv_head);
+    tile.value[t] = (fresh ? c.v_new : c.v_ring).at(row, item.kv_head);
   }
   return tile;
 }
@@ -47,8 +42,8 @@ inline TileRows sink_rows(const AttendCall& c, const WorkItem& item, int begin, 
   TileRows tile;
   tile.count = end - begin;
   for (int t = begin; t < end; ++t) {
-    tile.key[t - begin] = row_at(c.k_sinks, page * c.sinks + t, item.kv_head);
-    tile.value[t - begin] = row_at(c.v_sinks, page * c.sinks + t, item.kv_head);
+    tile.key[t - begin] = c.k_sinks.at(page * c.sinks + t, item.kv_head);
+    tile.value[t - begin] = c.v_sinks.at(page * c.sinks + t, item.kv_head);
   }
   return tile;
 }

@@ -9,12 +9,18 @@ namespace kvtuner {
 
 enum class Dtype : int { f32, f16, bf16 };
 
+inline int64_t size_of(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
+
 // Full-precision K or V rows: element (row, head, channel) is at row * row_stride + head * head_stride + channel.
 struct RowSource {
   const void* data;
   int64_t row_stride;
   int64_t head_stride;
   Dtype dtype;
+
+  const char* at(int64_t row, int64_t head) const {
+    return (const char*)data + (row * row_stride + head * head_stride) * size_of(dtype);
+  }
 };
 
 // One sequence of a step, as the rows of the plan hold it (steps.py, BatchPlan).
@@ -25,6 +31,12 @@ struct Sequence {
   int64_t prior;       // tokens before the step
   int64_t packed_end;  // tokens read from pages
   int64_t page_begin;  // its first entry in the page list
+
+  bool is_fresh(int64_t position) const { return position >= prior; }
+  // The row of a token that is not read from pages: among the new ones where it is fresh, else among the rings'.
+  int64_t row_of(int64_t position, int64_t ring_length) const {
+    return is_fresh(position) ? first + position - prior : slot * ring_length + position % ring_length;
+  }
 };
 
 // rings have slot * ring_slot_rows + position % ring_length as row.

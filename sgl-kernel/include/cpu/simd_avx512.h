@@ -23,7 +23,6 @@ inline float f_hsum(F a) { return _mm512_reduce_add_ps(a); }
 inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
 inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
-inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
 inline int32_t i_hsum(I a) { return _mm512_reduce_add_epi32(a); }
 template <int N> inline I i_shl(I a) { return _mm512_slli_epi32(a, N); }

@@ -31,7 +31,6 @@ inline float f_hsum(F a) { float s = 0; KVTUNER_EACH s += a.v[i]; return s; }
 inline I i_set(int32_t x) { I r; KVTUNER_EACH r.v[i] = x; return r; }
 inline I i_load(const void* p) { I r; memcpy(r.v, p, 64); return r; }
 inline I i_add(I a, I b) { KVTUNER_EACH a.v[i] += b.v[i]; return a; }
-inline I i_sub(I a, I b) { KVTUNER_EACH a.v[i] -= b.v[i]; return a; }
 inline I i_and(I a, I b) { KVTUNER_EACH a.v[i] &= b.v[i]; return a; }
 inline int32_t i_hsum(I a) { int32_t s = 0; KVTUNER_EACH s += a.v[i]; return s; }
 template <int N> inline I i_shl(I a) { KVTUNER_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << N); return a; }
