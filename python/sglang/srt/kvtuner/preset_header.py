@@ -55,10 +55,14 @@ def recipe_flags(config: KVTunerConfig) -> str:
     return flags
 
 
+def preset_recipe(config: KVTunerConfig) -> str:
+    """:func:`recipe_flags` without rotation, which a preset's layers say themselves."""
+    return recipe_flags(replace(config, hadamard_key=False))
+
+
 def warn_of_mismatch(config: KVTunerConfig, model_path: str) -> None:
     """Log a warning when the header of the preset in use names another model, or other recipe flags."""
-    # Rotated layers say so themselves.
-    path, recipe = config.preset, recipe_flags(replace(config, hadamard_key=False))
+    path, recipe = config.preset, preset_recipe(config)
     if path is None:
         return
     header = read_header(path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from sglang.srt.kvtuner import huge_pages
 from sglang.srt.kvtuner.plan import CachePlan
 
 
@@ -34,9 +35,9 @@ class Sinks:
         device: str,
     ) -> None:
         self.length = plan.sink_length
-        shape = (num_pages, self.length, kv_heads, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shapes = [(num_pages, self.length, kv_heads, head_dim)] * num_layers
+        self.keys = huge_pages.zeros(shapes, dtype, device)
+        self.values = huge_pages.zeros(shapes, dtype, device)
 
     def size_bytes(self) -> int:
         """Bytes allocated for all rows."""

@@ -18,6 +18,15 @@ def parse_bool(text: Any) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+def _switch(help: str) -> Arg:
+    """A boolean that also takes its value as a word."""
+    return Arg(
+        help=f"{help} Bare, or with true or false.",
+        action="store",
+        action_kwargs={"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"},
+    )
+
+
 class KVTuner(msgspec.Struct):
     """Namespace ``kvtuner``."""
 
@@ -37,11 +46,7 @@ class KVTuner(msgspec.Struct):
     ] = 4
     kvtuner_asym: A[
         bool,
-        Arg(
-            help="Asymmetric quantization: store a zero point beside every scale. Bare, or with true or false.",
-            action="store",
-            action_kwargs={"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"},
-        ),
+        _switch("Asymmetric quantization: store a zero point beside every scale."),
     ] = False
     kvtuner_axis_key: A[
         int,
@@ -65,11 +70,7 @@ class KVTuner(msgspec.Struct):
     ] = 0
     kvtuner_hadamard_key: A[
         bool,
-        Arg(
-            help="Rotate keys by a Hadamard matrix before they are quantized. Bare, or with true or false.",
-            action="store",
-            action_kwargs={"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"},
-        ),
+        _switch("Rotate keys by a Hadamard matrix before they are quantized."),
     ] = False
     kvtuner_config: A[
         Optional[str],

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.kvtuner.preset import LayerBits
 from sglang.srt.kvtuner.tuner.errors import TuningError
-from sglang.srt.kvtuner.tuner.recipe import pair_name, parse_pair
+from sglang.srt.kvtuner.tuner.recipe import parse_pair
 from sglang.srt.kvtuner.tuner.score import Quality
 
 Mix = tuple[LayerBits, ...]
@@ -39,7 +39,7 @@ class Journal:
     def add(self, text: str, mix: Mix, quality: Quality) -> None:
         """Write a score down."""
         self._scores[text, mix] = quality
-        self._append({"text": text, "mix": " ".join(map(pair_name, mix)), **asdict(quality)})
+        self._append({"text": text, "mix": " ".join(map(str, mix)), **asdict(quality)})
 
     def _read(self, settings: dict[str, Any]) -> None:
         data = self._path.read_bytes()

@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang.srt.kvtuner.tuner.attention_error import ErrorTable
 from sglang.srt.kvtuner.tuner.errors import import_optional
-from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, pair_name, recipe_name
+from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, recipe_name
 
 
 def heat_map(path: Path, errors: ErrorTable) -> None:
@@ -21,7 +21,7 @@ def heat_map(path: Path, errors: ErrorTable) -> None:
             [[layer[pair] for pair in ALL_PAIRS] for layer in layers], aspect="auto", norm=scale, cmap="viridis"
         )
         axis.set_title(recipe_name(recipe), fontsize=8)
-        axis.set_xticks(range(len(ALL_PAIRS)), map(pair_name, ALL_PAIRS), rotation=90, fontsize=7)
+        axis.set_xticks(range(len(ALL_PAIRS)), map(str, ALL_PAIRS), rotation=90, fontsize=7)
         axis.set_xlabel("bits")
         axis.set_ylabel("layer")
     figure.colorbar(image, ax=list(axes), label="relative error of the attention output")

@@ -16,13 +16,8 @@ ALL_PAIRS = tuple(LayerBits(key, value) for key, value in product(sorted(SUPPORT
 BEST_PAIR = LayerBits(8, 8)
 
 
-def pair_name(pair: LayerBits) -> str:
-    """``K8V4``."""
-    return f"K{pair.key}V{pair.value}"
-
-
 def parse_pair(text: str) -> LayerBits:
-    """The pair of a name as :func:`pair_name` gives it. Raises TuningError."""
+    """The pair of a name like ``K8V4``. Raises TuningError."""
     match = re.fullmatch(r"K(2|4|8|16)V(2|4|8|16)", text.upper())
     if match is None:
         raise TuningError(f"{text!r} is no pair of bits; valid are K2V2 to K16V16, widths 2, 4, 8 and 16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sglang.srt.kvtuner.preset_header import recipe_flags
+from sglang.srt.kvtuner.preset_header import preset_recipe
 from sglang.srt.kvtuner.tuner import sensitivity
 from sglang.srt.kvtuner.tuner.errors import TuningError
 from sglang.srt.kvtuner.tuner.journal import Mix
@@ -20,7 +20,7 @@ from sglang.srt.kvtuner.tuner.outputs import (
 )
 from sglang.srt.kvtuner.tuner.pareto import LayerGroup, group_layers
 from sglang.srt.kvtuner.tuner.plots import front_plot
-from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, average_bits, pair_name
+from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, average_bits
 from sglang.srt.kvtuner.tuner.run import SEARCH, TuningRun
 from sglang.srt.kvtuner.tuner.score import Quality
 from sglang.srt.kvtuner.tuner.starts import Choice, additive_optima, spread
@@ -134,7 +134,7 @@ def _search_choices(
 def _write_groups(run: TuningRun, groups: tuple[LayerGroup, ...]) -> None:
     write_json(
         run.folder / "groups.json",
-        [{"layers": list(group.layers), "front": list(map(pair_name, group.front))} for group in groups],
+        [{"layers": list(group.layers), "front": list(map(str, group.front))} for group in groups],
     )
 
 
@@ -153,7 +153,7 @@ def _write_front(
         for name, p in zip(names, front)
     ]
     rows += [
-        (f"uniform {pair_name(mix[0])}", f"{average_bits(mix):.3f}", f"{bits(mix):.3f}", *quality_cells(q))
+        (f"uniform {mix[0]}", f"{average_bits(mix):.3f}", f"{bits(mix):.3f}", *quality_cells(q))
         for mix, q in uniform.items()
     ]
     write_text(run.folder / "front.md", text_table(("mix", "nominal bits", "stored bits", *QUALITY_HEAD), rows))
@@ -162,7 +162,7 @@ def _write_front(
         [
             {
                 "preset": f"presets/{name}",
-                "mix": " ".join(map(pair_name, p.mix)),
+                "mix": " ".join(map(str, p.mix)),
                 "nominal_bits": p.nominal_bits,
                 "stored_bits": p.stored_bits,
                 **asdict(p.quality),
@@ -174,7 +174,7 @@ def _write_front(
         run.folder / "front.png",
         [(bits(mix), q.kl) for mix, q in scored.items()],
         [(p.stored_bits, p.quality.kl) for p in front],
-        {pair_name(mix[0]): (bits(mix), q.kl) for mix, q in uniform.items()},
+        {str(mix[0]): (bits(mix), q.kl) for mix, q in uniform.items()},
     )
 
 
@@ -188,7 +188,7 @@ def _header(run: TuningRun, point: FrontPoint) -> dict[str, str]:
     return {
         "written by": "sglang kvtuner search",
         "model": run.settings["model"],
-        "recipe": recipe_flags(replace(run.config, hadamard_key=False)),
+        "recipe": preset_recipe(run.config),
         "bits": f"{point.nominal_bits:.4g} nominal, {point.stored_bits:.4g} stored per element",
         "quality": f"KL {quality.kl:.6g} nats, perplexity {quality.perplexity:.5g}, top-1 agreement {quality.top1:.4f}",
         "scored with": f"search text {run.settings['texts'][SEARCH]}, windows of {engine.settings.window} tokens in "

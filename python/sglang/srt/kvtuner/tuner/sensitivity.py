@@ -15,7 +15,7 @@ from sglang.srt.kvtuner.tuner.attention_error import ErrorTable, measure_errors
 from sglang.srt.kvtuner.tuner.outputs import text_table, write_json, write_text
 from sglang.srt.kvtuner.tuner.pareto import pareto_front
 from sglang.srt.kvtuner.tuner.plots import heat_map
-from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, BEST_PAIR, pair_name, parse_pair, recipe_name
+from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, BEST_PAIR, parse_pair, recipe_name
 from sglang.srt.kvtuner.tuner.run import CALIBRATION, TuningRun
 
 # Per layer: pair of bits to what it alone adds to the output's divergence, nats.
@@ -43,7 +43,7 @@ def attention_errors(run: TuningRun, recipes: tuple[KVTunerConfig, ...]) -> Erro
         write_json(
             path,
             [
-                {"recipe": asdict(recipe), "layers": [{pair_name(p): e for p, e in layer.items()} for layer in layers]}
+                {"recipe": asdict(recipe), "layers": [{str(p): e for p, e in layer.items()} for layer in layers]}
                 for recipe, layers in known.items()
             ],
         )
@@ -89,15 +89,15 @@ def measure(run: TuningRun, recipes: tuple[KVTunerConfig, ...]) -> tuple[list[tu
 
 
 def _write(run: TuningRun, errors: ErrorTable, fronts: list[tuple[LayerBits, ...]], damage: Damage | None) -> None:
-    names = tuple(map(pair_name, ALL_PAIRS))
+    names = tuple(map(str, ALL_PAIRS))
     content = {
         "model": run.settings["model"],
         "recipe": recipe_name(run.config),
         "attention_output_error": {
-            recipe_name(recipe): [{pair_name(p): e for p, e in layer.items()} for layer in layers]
+            recipe_name(recipe): [{str(p): e for p, e in layer.items()} for layer in layers]
             for recipe, layers in errors.items()
         },
-        "front": [list(map(pair_name, front)) for front in fronts],
+        "front": [list(map(str, front)) for front in fronts],
     }
     parts = []
     for recipe, layers in errors.items():
@@ -107,7 +107,7 @@ def _write(run: TuningRun, errors: ErrorTable, fronts: list[tuple[LayerBits, ...
         title = f"## Relative error of the attention output, {recipe_name(recipe)}\n\n"
         parts.append(title + text_table(("layer", *names), rows))
     if damage is not None:
-        content["output_kl"] = [{pair_name(p): kl for p, kl in layer.items()} for layer in damage]
+        content["output_kl"] = [{str(p): kl for p, kl in layer.items()} for layer in damage]
         rows = [
             (str(i), *(f"{layer[p]:.6f}" if p in layer else "" for p in ALL_PAIRS)) for i, layer in enumerate(damage)
         ]
