@@ -23,6 +23,8 @@ namespace avx2 {
 
 #include <sgl_kernel/kvtuner/cpu/block_product.h>
 
+#include <sgl_kernel/kvtuner/cpu/block_rows.h>
+
 #include <sgl_kernel/kvtuner/cpu/block_multiply.h>
 
 #include <sgl_kernel/kvtuner/cpu/hadamard.h>

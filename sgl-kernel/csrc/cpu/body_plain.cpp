@@ -16,6 +16,8 @@ namespace plain {
 
 #include <sgl_kernel/kvtuner/cpu/block_product.h>
 
+#include <sgl_kernel/kvtuner/cpu/block_rows.h>
+
 #include <sgl_kernel/kvtuner/cpu/block_multiply.h>
 
 #include <sgl_kernel/kvtuner/cpu/hadamard.h>

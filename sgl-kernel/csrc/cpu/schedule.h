@@ -11,7 +11,7 @@ namespace kvtuner {
 // A tile of full-precision rows costs about this many packed pages.
 constexpr int64_t kTailCost = 2;
 // Shares per thread: enough to even out where other processes hold a core for a while.
-constexpr int64_t kSharesPerThread = 4;
+constexpr int64_t kSharesPerThread = 2;
 // A share below this many units is not worth the merge.
 constexpr int64_t kMinUnits = 6;
 

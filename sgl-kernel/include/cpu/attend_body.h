@@ -6,7 +6,11 @@
 // not push each other out of the first-level cache.
 constexpr int kRunPages = 4;
 constexpr int kRunRows = 16;
-constexpr int kRunBytes = 24 << 10;
+constexpr int kRunBytes = 36 << 10;
+
+// The share of a block's lines that is fetched outside of tiles: maxima, exponents and roundings take about as much of the
+// time.
+constexpr int kRestShare = 4;
 
 inline int run_pages(const AttendCall& c, int rows) {
   const int fit = kRunBytes / (c.key.block_bytes() + c.value.block_bytes());
@@ -15,7 +19,7 @@ inline int run_pages(const AttendCall& c, int rows) {
 
 struct Scratch {
   float *q, *page_q, *scores, *folded;  // page_q: rotated where packed keys are
-  Left keys, values[kRunPages];
+  Left keys, values;
   TailScratch tail;
   State state;
   BlockShape key, value;
@@ -29,14 +33,17 @@ struct Scratch {
     q = carve.take<float>(rows * dim);
     page_q = c.key.hadamard ? carve.take<float>(rows * dim) : q;
     scores = carve.take<float>(rows * tokens);
-    folded = carve.take<float>(page > dim ? page : dim);
-    keys = Left::carve(carve, key, rows);
-    for (int i = 0; i < run; ++i) values[i] = Left::carve(carve, value, rows);
+    folded = carve.take<float>(kLanes * (page > dim ? page : dim));
+    keys = Left::carve(carve, key, rows, keys_once() ? 1 : run);
+    values = Left::carve(carve, value, rows, run);
     tail = {scores, carve.take<float>(kTailTokens * dim), carve.take<float>(kTailTokens * dim),
             carve.take<float>(kTailTokens * dim)};
     state = {rows, dim, carve.take<float>(rows * dim), carve.take<float>(rows), carve.take<float>(rows * kLanes)};
     bytes = carve.used;
   }
+
+  // Queries serve every page as they are.
+  bool keys_once() const { return key.bits == 16 || key.reduction_groups; }
 };
 
 // What an item of the call needs at most.
@@ -64,34 +71,42 @@ inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, 
   if (item.unit_begin >= last) return;
   const int rows = s.state.rows, dim = c.head_dim, page = c.key.page, stride = s.run * page;
   const int32_t* pages = c.pages + c.sequences[item.sequence].page_begin;
-  const auto key_block = [&](int64_t u) {
-    return u < last ? c.k_pages + ((int64_t)pages[u] * c.kv_heads + item.kv_head) * s.key.bytes : nullptr;
+  const auto block_of = [&](const uint8_t* blocks, const BlockShape& f, int64_t u) {
+    return blocks + ((int64_t)pages[u] * c.kv_heads + item.kv_head) * f.bytes;
   };
-  const auto value_block = [&](int64_t u) {
-    return c.v_pages + ((int64_t)pages[u] * c.kv_heads + item.kv_head) * s.value.bytes;
-  };
+  const int key_lines = s.key.lines(), value_lines = s.value.lines();
+  const int key_tile_lines = key_lines - key_lines / kRestShare, value_tile_lines = value_lines - value_lines / kRestShare;
+  PrefetchRest none;
   for (int64_t u = item.unit_begin; u < last && u < item.unit_begin + s.run; ++u)
-    Prefetch{key_block(u), 0}.fetch(s.key.bytes / kVectorBytes);
+    Prefetch{block_of(c.k_pages, s.key, u), 0}.fetch(key_lines);
   if (c.key.hadamard) {
     memcpy(s.page_q, s.q, sizeof(float) * rows * dim);
     for (int r = 0; r < rows; ++r) rotate_row(s.page_q + r * dim, dim, c.key.hadamard, s.folded);
   }
-  const bool keys_once = s.key.bits == 16 || s.key.reduction_groups;
-  if (keys_once) prepare(s.key, nullptr, s.page_q, dim, rows, s.folded, s.keys);
+  const bool keys_once = s.keys_once();
+  if (keys_once) prepare(s.key, nullptr, 1, s.page_q, dim, 0, rows, s.folded, s.keys, none);
   for (int64_t u = item.unit_begin; u < last; u += s.run) {
     const int count = (int)(last - u < s.run ? last - u : s.run);
+    const uint8_t *keys[kRunPages], *values[kRunPages], *next_keys[kRunPages];
     for (int j = 0; j < count; ++j) {
-      if (!keys_once) prepare(s.key, key_block(u + j), s.page_q, dim, rows, s.folded, s.keys);
-      multiply(s.key, key_block(u + j), s.page_q, dim, s.keys, rows, s.scores + j * page, stride, false, value_block(u + j),
-               s.value.bytes);
+      keys[j] = block_of(c.k_pages, s.key, u + j);
+      values[j] = block_of(c.v_pages, s.value, u + j);
+      next_keys[j] = u + s.run + j < last ? block_of(c.k_pages, s.key, u + s.run + j) : nullptr;
     }
+    if (!keys_once) prepare(s.key, keys, count, s.page_q, dim, 0, rows, s.folded, s.keys, none);
+    for (int j = 0; j < count; ++j)
+      multiply(s.key, keys[j], s.page_q, dim, s.keys.of_block(s.key, rows, keys_once ? 0 : j), rows, s.scores + j * page,
+               stride, false, values[j], value_tile_lines);
     if (u == 0) hide_sinks(c, s.scores, rows, stride);
-    for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * stride, count * page);
+    PrefetchRest value_rest{values, count, value_tile_lines, value_lines, rows * (count * page / kSoftmaxStep + 1)};
+    for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * stride, count * page, value_rest);
+    int next = 0;
+    while (next < count && next_keys[next]) ++next;
+    PrefetchRest key_rest{next_keys, next, key_tile_lines, key_lines, folds(s.value, rows, count)};
+    prepare(s.value, values, count, s.scores, stride, page, rows, s.folded, s.values, key_rest);
     for (int j = 0; j < count; ++j)
-      prepare(s.value, value_block(u + j), s.scores + j * page, stride, rows, s.folded, s.values[j]);
-    for (int j = 0; j < count; ++j)
-      multiply(s.value, value_block(u + j), s.scores + j * page, stride, s.values[j], rows, s.state.acc, dim, true,
-               key_block(u + s.run + j), s.key.bytes);
+      multiply(s.value, values[j], s.scores + j * page, stride, s.values.of_block(s.value, rows, j), rows, s.state.acc, dim,
+               true, next_keys[j], key_tile_lines);
   }
 }
 

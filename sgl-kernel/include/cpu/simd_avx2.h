@@ -12,17 +12,13 @@ inline void f_store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(
 inline F f_add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F f_sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline F f_mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F f_div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline F f_fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F f_abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
-inline F f_floor(F x) {
-  constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-  return {_mm256_round_ps(x.a, down), _mm256_round_ps(x.b, down)};
-}
-inline F f_fraction(F x) { return f_sub(x, f_floor(x)); }
 inline float f_hmax(F x) {
   const __m256 m = _mm256_max_ps(x.a, x.b);
   __m128 n = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
@@ -56,12 +52,16 @@ inline I i_dot(I acc, I x, I y) {
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline F as_float(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
-inline F f_scale2(F x, F n) {
-  return f_mul(x, as_float(i_shl<23>(i_add(to_int(f_floor(f_max(n, f_set(-126.f)))), i_set(127)))));
-}
+inline I as_int(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline void store_int16(int16_t* p, I x) {
   // The pack works in 128-bit halves; the permutation puts them in order.
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8));
+}
+inline I store_rounded(int16_t* p, F a, F b, F factor) {
+  const I x = to_int(f_mul(a, factor)), y = to_int(f_mul(b, factor));
+  store_int16(p, x);
+  store_int16(p + 16, y);
+  return i_add(x, y);
 }
 inline F load_int16(const void* p) {
   const __m128i* h = (const __m128i*)p;
@@ -82,6 +82,11 @@ inline F f_hsum_each(const F* x) {
   float sums[16];
   for (int i = 0; i < 16; ++i) sums[i] = f_hsum(x[i]);
   return f_load(sums);
+}
+inline F f_hmax_each(const F* x) {
+  float most[16];
+  for (int i = 0; i < 16; ++i) most[i] = f_hmax(x[i]);
+  return f_load(most);
 }
 
 // to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.

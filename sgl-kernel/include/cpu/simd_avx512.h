@@ -1,7 +1,7 @@
 // Sixteen lanes in one AVX-512 register (F, BW, VL, DQ, VNNI); names as in simd_plain.h.
 
 constexpr int kMaxVectors = 4;
-constexpr int kMaxRows = 6;
+constexpr int kMaxRows = 5;
 
 using F = __m512;
 using I = __m512i;
@@ -12,11 +12,10 @@ inline void f_store(float* p, F a) { _mm512_storeu_ps(p, a); }
 inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
-inline F f_fraction(F a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-inline F f_scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 inline float f_hmax(F a) { return _mm512_reduce_max_ps(a); }
 inline float f_hsum(F a) { return _mm512_reduce_add_ps(a); }
 
@@ -35,6 +34,7 @@ inline I i_dot(I acc, I a, I b) {
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
 inline F as_float(I a) { return _mm512_castsi512_ps(a); }
+inline I as_int(F a) { return _mm512_castps_si512(a); }
 inline void store_int16(int16_t* p, I a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }
 inline F load_int16(const void* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
@@ -44,19 +44,36 @@ inline F load_bf16(const void* p) {
 }
 inline F load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
-// Lane i of the result is the sum over the lanes of x[i].
-inline F f_hsum_each(const F* x) {
+// Rounds by adding 1.5 * 2^23: the low words of the sums are the integers.
+inline I store_rounded(int16_t* p, F a, F b, F factor) {
+  alignas(64) static constexpr int16_t kLowWords[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                        32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  const F magic = f_set(12582912.f);
+  const I x = as_int(f_fma(a, factor, magic)), y = as_int(f_fma(b, factor, magic));
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(x, _mm512_load_si512(kLowWords), y));
+  return i_add(i_add(x, y), i_set((int32_t)(0u - 2 * 0x4b400000u)));
+}
+
+// Lane i of the result combines the lanes of x[i].
+template <class Combine>
+inline F f_each(const F* x, const Combine& f) {
   F y[8], z[4], w[2];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
-    y[i] = f_add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    y[i] = f(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
-    z[i] = f_add(_mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44), _mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
+    z[i] = f(_mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44), _mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i)
-    w[i] = f_add(_mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0x44), _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xee));
-  return f_add(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
+    w[i] = f(_mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0x44), _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xee));
+  return f(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
+}
+inline F f_hsum_each(const F* x) {
+  return f_each(x, [](F a, F b) { return f_add(a, b); });
+}
+inline F f_hmax_each(const F* x) {
+  return f_each(x, [](F a, F b) { return f_max(a, b); });
 }
 
 // to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.

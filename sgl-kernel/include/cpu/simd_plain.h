@@ -15,16 +15,10 @@ inline void f_store(float* p, F a) { memcpy(p, a.v, 64); }
 inline F f_add(F a, F b) { KVTUNER_EACH a.v[i] += b.v[i]; return a; }
 inline F f_sub(F a, F b) { KVTUNER_EACH a.v[i] -= b.v[i]; return a; }
 inline F f_mul(F a, F b) { KVTUNER_EACH a.v[i] *= b.v[i]; return a; }
+inline F f_div(F a, F b) { KVTUNER_EACH a.v[i] /= b.v[i]; return a; }
 inline F f_fma(F a, F b, F c) { KVTUNER_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 inline F f_max(F a, F b) { KVTUNER_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 inline F f_abs(F a) { KVTUNER_EACH a.v[i] = a.v[i] < 0 ? -a.v[i] : a.v[i]; return a; }
-inline float floor_of(float x) {
-  x = x < -126.f ? -126.f : x;
-  const float n = (float)(int)x;
-  return n > x ? n - 1.f : n;
-}
-// x minus the whole number below, for -2^31 < x; f_scale2 takes the same x. Far below zero neither matters.
-inline F f_fraction(F a) { KVTUNER_EACH a.v[i] -= a.v[i] < -126.f ? a.v[i] : floor_of(a.v[i]); return a; }
 inline float f_hmax(F a) { float m = a.v[0]; KVTUNER_EACH m = a.v[i] > m ? a.v[i] : m; return m; }
 inline float f_hsum(F a) { float s = 0; KVTUNER_EACH s += a.v[i]; return s; }
 
@@ -48,12 +42,15 @@ inline F to_float(I a) { F r; KVTUNER_EACH r.v[i] = (float)a.v[i]; return r; }
 // Nearest even; |a| below 2^22.
 inline I to_int(F a) { I r; KVTUNER_EACH r.v[i] = (int32_t)round_even(a.v[i]); return r; }
 inline F as_float(I a) { F r; memcpy(r.v, a.v, 64); return r; }
-// a * 2^floor(n), n at most 127; below -126 as for that.
-inline F f_scale2(F a, F n) {
-  KVTUNER_EACH a.v[i] *= float_of((uint32_t)((int)floor_of(n.v[i]) + 127) << 23);
-  return a;
-}
+inline I as_int(F a) { I r; memcpy(r.v, a.v, 64); return r; }
 inline void store_int16(int16_t* p, I a) { KVTUNER_EACH p[i] = (int16_t)a.v[i]; }
+// Stores 32 int16, roundings of a * factor and b * factor, and returns the sums of lanes.
+inline I store_rounded(int16_t* p, F a, F b, F factor) {
+  const I x = to_int(f_mul(a, factor)), y = to_int(f_mul(b, factor));
+  store_int16(p, x);
+  store_int16(p + 16, y);
+  return i_add(x, y);
+}
 inline F load_int16(const void* p) { int16_t h[16]; memcpy(h, p, 32); F r; KVTUNER_EACH r.v[i] = h[i]; return r; }
 inline F load_bf16(const void* p) {
   uint16_t h[16];
@@ -74,8 +71,9 @@ inline F load_half(const void* p) {
   return r;
 }
 
-// Lane i of the result is the sum over the lanes of x[i].
+// Lane i of the result is the sum, or maximum, over the lanes of x[i].
 inline F f_hsum_each(const F* x) { F r; KVTUNER_EACH r.v[i] = f_hsum(x[i]); return r; }
+inline F f_hmax_each(const F* x) { F r; KVTUNER_EACH r.v[i] = f_hmax(x[i]); return r; }
 
 // to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
 inline void transpose16(const float* from, int from_stride, float* to, int to_stride) {

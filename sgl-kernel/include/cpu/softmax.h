@@ -1,15 +1,17 @@
 // Online softmax of rows of scores, in units of log 2. Included once per body, after a simd_*.h.
 
-// 2^x for x <= 0, relative error 2e-7; below -126 next to nothing. The polynomial is for the fraction, from 0 to 1.
+// 2^x for x <= 0, relative error 3e-6; below -100 as for -100, next to nothing. Adding 1.5 * 2^23 rounds x to a whole
+// number, which is then the low bits; the polynomial is for the rest, from -1/2 to 1/2.
 inline F f_exp2(F x) {
-  const F f = f_fraction(x);
-  F y = f_set(1.877576664e-3f);
-  y = f_fma(y, f, f_set(8.989340117e-3f));
-  y = f_fma(y, f, f_set(5.582631803e-2f));
-  y = f_fma(y, f, f_set(2.401536171e-1f));
-  y = f_fma(y, f, f_set(6.931530732e-1f));
-  y = f_fma(y, f, f_set(9.999999251e-1f));
-  return f_scale2(y, x);
+  const F magic = f_set(12582912.f);
+  x = f_max(x, f_set(-100.f));
+  const F whole = f_add(x, magic), f = f_sub(x, f_sub(whole, magic));
+  F y = f_set(9.570102207e-3f);
+  y = f_fma(y, f, f_set(5.591785908e-2f));
+  y = f_fma(y, f, f_set(2.402474433e-1f));
+  y = f_fma(y, f, f_set(6.931217909e-1f));
+  y = f_fma(y, f, f_set(9.999992847e-1f));
+  return as_float(i_add(as_int(y), i_shl<23>(as_int(whole))));
 }
 
 struct State {
@@ -21,8 +23,10 @@ struct State {
 
 constexpr float kNothing = -1e30f;
 
+constexpr int kSoftmaxStep = 64;  // scores between two steps of fetching
+
 // Scores to probabilities relative to the new maximum, in place; the state is rescaled where its maximum rose.
-inline void softmax_row(State& st, int r, float* s, int count) {
+inline void softmax_row(State& st, int r, float* s, int count, PrefetchRest& later) {
   F m = f_load(s);
   for (int i = 16; i < count; i += 16) m = f_max(m, f_load(s + i));
   const float most = f_hmax(m);
@@ -35,10 +39,14 @@ inline void softmax_row(State& st, int r, float* s, int count) {
     st.most[r] = most;
   }
   const F base = f_set(st.most[r]);
-  for (int i = 0; i < count; i += 16) {
-    const F p = f_exp2(f_sub(f_load(s + i), base));
-    f_store(s + i, p);
-    total = f_add(total, p);
+  for (int i = 0; i < count;) {
+    later.step();
+    const int chunk = count - i < kSoftmaxStep ? count : i + kSoftmaxStep;
+    for (; i < chunk; i += kLanes) {
+      const F p = f_exp2(f_sub(f_load(s + i), base));
+      f_store(s + i, p);
+      total = f_add(total, p);
+    }
   }
   f_store(st.sums + r * kLanes, total);
 }
