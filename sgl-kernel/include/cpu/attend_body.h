@@ -75,7 +75,8 @@ inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, 
     return blocks + ((int64_t)pages[u] * c.kv_heads + item.kv_head) * f.bytes;
   };
   const int key_lines = s.key.lines(), value_lines = s.value.lines();
-  const int key_tile_lines = key_lines - key_lines / kRestShare, value_tile_lines = value_lines - value_lines / kRestShare;
+  const int value_tile_lines = value_lines - value_lines / kRestShare;
+  const int key_tile_lines = fetching_steps(s.value, rows, 1) ? key_lines - key_lines / kRestShare : key_lines;
   PrefetchRest none;
   for (int64_t u = item.unit_begin; u < last && u < item.unit_begin + s.run; ++u)
     Prefetch{block_of(c.k_pages, s.key, u), 0}.fetch(key_lines);
@@ -98,11 +99,11 @@ inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, 
       multiply(s.key, keys[j], s.page_q, dim, s.keys.of_block(s.key, rows, keys_once ? 0 : j), rows, s.scores + j * page,
                stride, false, values[j], value_tile_lines);
     if (u == 0) hide_sinks(c, s.scores, rows, stride);
-    PrefetchRest value_rest{values, count, value_tile_lines, value_lines, rows * (count * page / kSoftmaxStep + 1)};
+    PrefetchRest value_rest{values, count, value_tile_lines, value_lines, softmax_steps(rows, count * page)};
     for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * stride, count * page, value_rest);
     int next = 0;
     while (next < count && next_keys[next]) ++next;
-    PrefetchRest key_rest{next_keys, next, key_tile_lines, key_lines, folds(s.value, rows, count)};
+    PrefetchRest key_rest{next_keys, next, key_tile_lines, key_lines, fetching_steps(s.value, rows, count)};
     prepare(s.value, values, count, s.scores, stride, page, rows, s.folded, s.values, key_rest);
     for (int j = 0; j < count; ++j)
       multiply(s.value, values[j], s.scores + j * page, stride, s.values.of_block(s.value, rows, j), rows, s.state.acc, dim,

@@ -24,7 +24,7 @@ struct Prefetch {
   void step() { fetch(lines + (more-- > 0)); }
 };
 
-// What tiles leave of some blocks: the lines from `begin` to `end` of each, in about `steps` steps.
+// What tiles leave of some blocks: the lines from `begin` to `end` of each, in at most `steps` steps.
 struct PrefetchRest {
   const uint8_t* const* block;
   int blocks, begin, end, line, lines;
@@ -32,7 +32,7 @@ struct PrefetchRest {
   PrefetchRest() : blocks(0) {}
   PrefetchRest(const uint8_t* const* block, int blocks, int begin, int end, int steps)
       : block(block), blocks(begin < end ? blocks : 0), begin(begin), end(end), line(begin),
-        lines(((end - begin) * blocks + steps - 1) / steps) {}
+        lines(steps ? ((end - begin) * blocks + steps - 1) / steps : 0) {}
 
   void step() {
     for (int i = 0; i < lines && blocks; ++i) {

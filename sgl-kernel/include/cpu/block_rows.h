@@ -167,8 +167,8 @@ struct Folding {
 };
 
 // Steps of fetching while rows are made ready for `count` blocks.
-inline int folds(const BlockShape& f, int rows, int count) {
-  return f.reduction_groups ? 1 : count * f.groups * ((rows + 3) / 4);
+inline int fetching_steps(const BlockShape& f, int rows, int count) {
+  return f.bits == 16 || f.reduction_groups ? 0 : count * f.groups * ((rows + 3) / 4);
 }
 
 // Makes rows ready for `count` blocks. For groups along the reduction blocks are not looked at: one serves all that are

@@ -25,6 +25,8 @@ constexpr float kNothing = -1e30f;
 
 constexpr int kSoftmaxStep = 64;  // scores between two steps of fetching
 
+inline int softmax_steps(int rows, int count) { return rows * ((count + kSoftmaxStep - 1) / kSoftmaxStep); }
+
 // Scores to probabilities relative to the new maximum, in place; the state is rescaled where its maximum rose.
 inline void softmax_row(State& st, int r, float* s, int count, PrefetchRest& later) {
   F m = f_load(s);
