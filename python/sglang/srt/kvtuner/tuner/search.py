@@ -179,8 +179,8 @@ def _write_front(
 
 
 def _write_preset(run: TuningRun, path: Path, point: FrontPoint) -> None:
-    mix = tuple(replace(pair, hadamard_key=run.config.hadamard_key) for pair in point.mix)
-    write_preset(path, mix, _header(run, point))
+    options = dict(hadamard_key=run.config.hadamard_key, sink_length=run.config.sink_length)
+    write_preset(path, tuple(replace(pair, **options) for pair in point.mix), _header(run, point))
 
 
 def _header(run: TuningRun, point: FrontPoint) -> dict[str, str]:
