@@ -86,7 +86,9 @@ def _recall(url: str, settings: TaskSettings) -> float:
 
 def _lm_eval(url: str, settings: TaskSettings) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        arguments = f"model=default,base_url={url}/v1/completions,tokenizer={settings.model},num_concurrent=8"
+        # Without a backend lm-eval asks the server for its tokenizer, through proxies that the environment may name.
+        tokenizer = f"tokenizer={settings.model},tokenizer_backend=huggingface"
+        arguments = f"model=default,base_url={url}/v1/completions,num_concurrent=8,{tokenizer}"
         command = [
             *(sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments),
             *("--tasks", settings.lm_eval, "--output_path", folder, "--seed", str(settings.seed)),
