@@ -1,5 +1,7 @@
 """Small plans and a stand-in for upstream's request table, for tests of the cache without a model."""
 
+from dataclasses import replace
+
 import torch
 
 from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
@@ -7,7 +9,8 @@ from sglang.srt.kvtuner.plan import CachePlan
 
 
 def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):
-    """A plan whose layers differ in bits, axis, group and rotation, as a preset's do and more."""
+    """A plan whose layers differ in bits, axis, group and rotation, as a preset's do and more; every second layer keeps
+    ``sinks``."""
 
     def tensor(nbits, axis, group, asym, hadamard=0):
         return TensorFormat(nbits, asym, axis, group, page_size, head_dim, hadamard=hadamard)
@@ -17,8 +20,8 @@ def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):
         LayerFormat(tensor(4, 1, page_size, True, hadamard=16), tensor(2, 0, 8, True)),
         LayerFormat(tensor(2, 0, 4, False), TensorFormat.unquantized(page_size, head_dim)),
     ]
-    chosen = tuple(formats[i % len(formats)] for i in range(layers))
-    return CachePlan(layers=chosen, page_size=page_size, residual_length=residual, sink_length=sinks)
+    chosen = tuple(replace(formats[i % len(formats)], sink_length=sinks * (i % 2)) for i in range(layers))
+    return CachePlan(layers=chosen, page_size=page_size, residual_length=residual)
 
 
 class RequestTable:

@@ -65,7 +65,7 @@ def test_a_store_that_is_gone_points_to_node_0():
     "theirs, expected",
     [
         (plan(residual_length=64), ["residual_length: here 128, there 64"]),
-        (plan(sink_length=4), ["sink_length: here 0, there 4"]),
+        (plan(sink_length=4), ["sink_length: here 0, there 4 (all layers)"]),
         (plan(num_layers=3), ["layers: here 2, there 3"]),
         (plan(page_size=128), ["page_size: here 64, there 128"]),
         (plan(hadamard_key=True), ["key hadamard: here 0, there 64 (all layers)"]),

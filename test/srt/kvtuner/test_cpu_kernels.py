@@ -80,7 +80,7 @@ class Case:
     """A cache filled by the reference, twice: one to run the kernels on, one for the reference."""
 
     def __init__(self, key, value, heads, kv_heads, residual, dtype, max_tokens=512, sinks=0):
-        self.plan = CachePlan((LayerFormat(key, value),), key.page_size, residual, sinks)
+        self.plan = CachePlan((LayerFormat(key, value, sinks),), key.page_size, residual)
         self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, key.head_dim, dtype
         page, tokens = key.page_size, -(-max_tokens // key.page_size) * key.page_size
         pages = torch.randperm(SLOTS * tokens // page) + 1

@@ -94,6 +94,21 @@ def test_sinks_fit_a_page(page_size):
     assert message == f"--kvtuner-sink-length is {page_size + 1}; valid are 0 to {page_size}, one page (--page-size)"
 
 
+def test_a_preset_chooses_the_layers_that_keep_sinks(tmp_path):
+    path = tmp_path / "sinks.yaml"
+    bits = "nbits_key: 4, nbits_value: 4"
+    path.write_text(f"0: {{{bits}}}\n1: {{{bits}, sink_length: 4}}\n2: {{{bits}, sink_length: 0}}\n")
+    assert [layer.sink_length for layer in plan_of(preset=str(path)).layers] == [0, 4, 0]
+    assert plan_of(preset=str(path)).describe().endswith(", sinks 4 in 1 layers")
+    # The flag decides where the preset does not.
+    plan = plan_of(preset=str(path), sink_length=2)
+    assert [layer.sink_length for layer in plan.layers] == [2, 4, 0]
+    assert plan.describe().endswith(", sinks 2 to 4 in 2 layers")
+    path.write_text(path.read_text().replace("sink_length: 4", "sink_length: 65"))
+    expected = f"--kvtuner-config {path}: sink_length of layer 1 is 65; valid are 0 to 64, one page (--page-size)"
+    assert refusal({}, preset=str(path)) == expected
+
+
 def test_odd_heads_cannot_be_rotated():
     message = refusal({"head_dim": 13}, hadamard_key=True, nbits_key=8, nbits_value=8, group_size=-1)
     assert message.startswith("--kvtuner-hadamard-key, or hadamard_key of a layer") and "head_dim 13 is odd" in message

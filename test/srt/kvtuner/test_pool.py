@@ -93,7 +93,7 @@ class Oracle:
         for first in packed:
             block = encode_pages(tokens[first : first + page].transpose(0, 1), fmt)
             result[first : first + page] = decode_pages(block, fmt).transpose(0, 1)
-        sinks = self.plan.sink_length
+        sinks = self.plan.layers[layer].sink_length
         result[:sinks] = tokens[:sinks].float()  # in packed pages or not
         return result
 

@@ -48,6 +48,12 @@ def test_layers_may_say_whether_keys_are_rotated(write):
     assert [layer.hadamard_key for layer in load_preset(path, hadamard_key=True)] == [True, True, False]
 
 
+def test_layers_may_say_how_many_sinks_they_keep(write):
+    path = write(f"0: {GOOD}\n1: {{{GOOD[1:-1]}, sink_length: 4}}\n2: {{{GOOD[1:-1]}, sink_length: 0}}\n")
+    assert [layer.sink_length for layer in load_preset(path)] == [0, 4, 0]
+    assert [layer.sink_length for layer in load_preset(path, sink_length=8)] == [8, 4, 0]
+
+
 def test_json_comments_quotes_and_anchors(write):
     text = '# made by hand\n{0: &first {"nbits_key": 8, "nbits_value": 4},\n 1: *first}\n'
     assert load_preset(write(text)) == (LayerBits(8, 4),) * 2
@@ -108,6 +114,11 @@ def test_heads_that_agree(write):
         (f"0: {{{GOOD[1:-1]}, hadamard_key: 'true'}}\n", 1, "hadamard_key of layer 0 is 'true'"),
         (f"0: {{{GOOD[1:-1]}, hadamard_key: [true]}}\n", 1, "hadamard_key of layer 0 is "),
         (f"0:\n  0: {GOOD}\n  1: {{{GOOD[1:-1]}, hadamard_key: true}}\n", 3, "head 1 has K8V4 rotated, others K8V4;"),
+        # Sinks.
+        (f"0: {{{GOOD[1:-1]},\n  sink_length: -1}}\n", 2, "sink_length of layer 0 is '-1'; valid are 0 to a page"),
+        (f"0: {{{GOOD[1:-1]}, sink_length: 1.5}}\n", 1, "sink_length of layer 0 is '1.5'"),
+        (f"0: {{{GOOD[1:-1]}, sink_length: [4]}}\n", 1, "sink_length of layer 0 is "),
+        (f"0:\n  0: {GOOD}\n  1: {{{GOOD[1:-1]}, sink_length: 4}}\n", 3, "head 1 has K8V4 sinks 4, others K8V4;"),
         # Heads.
         (f"0:\n  0: {GOOD}\n  1: {{nbits_key: 4, nbits_value: 4}}\n", 3, "heads of layer 0 differ: head 1 has K4V4"),
         (f"0:\n  0: {GOOD}\n  0: {GOOD}\n", 3, "head 0 of layer 0 is given twice"),

@@ -9,7 +9,7 @@ from sglang.srt.kvtuner.preset import LayerBits, load_preset
 from sglang.srt.kvtuner.preset_header import model_name, read_header, recipe_flags, warn_of_mismatch
 from sglang.srt.kvtuner.tuner.outputs import write_preset
 
-MIX = (LayerBits(8, 4), LayerBits(2, 2, hadamard_key=True))
+MIX = (LayerBits(8, 4), LayerBits(2, 2, hadamard_key=True), LayerBits(4, 4, sink_length=4))
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def test_the_log_tells_what_is_allocated(serve, caplog):
 def test_the_log_tells_what_sinks_cost(serve, caplog):
     with caplog.at_level(logging.INFO, logger=sizing.__name__):
         _, pool = serve(16 * MB, kvtuner_sink_length=3).settle()
-    found = re.search(r"(\d+) pages of 64 tokens, (\d+) bytes each, (\d+) of them for 3 sink tokens\)", caplog.text)
+    found = re.search(r"(\d+) pages of 64 tokens, (\d+) bytes each, (\d+) of them for sinks\)", caplog.text)
     pages, page_bytes, sink_bytes = map(int, found.groups())
     assert pages * sink_bytes == pool.sinks.size_bytes()
     assert pages * page_bytes == pool.packed_bytes() + pool.sinks.size_bytes()

@@ -52,22 +52,27 @@ def require_same_plan(plan: CachePlan) -> None:
 def differences(mine: dict, theirs: dict) -> list[str]:
     """Settings that differ, as ``name: here X, there Y``; equal differences of many layers are merged."""
     found = []
-    for name in ("page_size", "residual_length", "sink_length"):
+    for name in ("page_size", "residual_length"):
         if mine[name] != theirs[name]:
             found.append(f"{name}: here {mine[name]}, there {theirs[name]}")
     if len(mine["layers"]) != len(theirs["layers"]):
         return [*found, f"layers: here {len(mine['layers'])}, there {len(theirs['layers'])}"]
     by_change: dict[str, list[int]] = {}
-    for index, (ours, others) in enumerate(zip(mine["layers"], theirs["layers"])):
-        for part in ("key", "value"):
-            for field, value in ours[part].items():
-                # The page size of a layer is that of the plan, which is compared above.
-                if field != "page_size" and value != others[part].get(field):
-                    change = f"{part} {field}: here {value}, there {others[part].get(field)}"
-                    by_change.setdefault(change, []).append(index)
+    layers = ([_layer_settings(layer) for layer in settings["layers"]] for settings in (mine, theirs))
+    for index, (ours, others) in enumerate(zip(*layers)):
+        for name, value in ours.items():
+            if value != others.get(name):
+                by_change.setdefault(f"{name}: here {value}, there {others.get(name)}", []).append(index)
     count = len(mine["layers"])
     found += [f"{change} ({_layers(indices, count)})" for change, indices in by_change.items()]
     return found
+
+
+def _layer_settings(layer: dict) -> dict:
+    """A layer's settings by name, without the page size, which is that of the plan."""
+    halves = {f"{half} {name}": value for half in ("key", "value") for name, value in layer[half].items()}
+    found = {**halves, "sink_length": layer.get("sink_length")}
+    return {name: value for name, value in found.items() if not name.endswith(" page_size")}
 
 
 def _await_announcements(store: dist.Store, mine: str, world_size: int) -> list[dict]:

@@ -96,10 +96,12 @@ class TensorFormat:
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """Formats of one layer's keys and values."""
+    """Formats of one layer's keys and values. sink_length: first tokens of every sequence that stay in full precision
+    beside them (sinks.py)."""
 
     key: TensorFormat
     value: TensorFormat
+    sink_length: int = 0
 
     @property
     def page_bytes_per_head(self) -> int:

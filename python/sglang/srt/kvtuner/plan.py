@@ -16,13 +16,12 @@ from sglang.srt.kvtuner.quantizer import PER_TOKEN, UNQUANTIZED_BITS
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Formats of all layers (global layer order), page size in tokens, and what stays in full precision: the newest
-    ``residual_length`` tokens and the first ``sink_length`` of every sequence."""
+    """Formats of all layers (global layer order), page size in tokens, and how many of the newest tokens stay in full
+    precision."""
 
     layers: tuple[LayerFormat, ...]
     page_size: int
     residual_length: int
-    sink_length: int = 0
 
     @property
     def ring_length(self) -> int:
@@ -51,7 +50,6 @@ class CachePlan:
         return {
             "page_size": self.page_size,
             "residual_length": self.residual_length,
-            "sink_length": self.sink_length,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -73,7 +71,7 @@ class CachePlan:
                 f"V {_describe_groups(values)}",
                 f"page {self.page_size}",
                 f"residual {self.residual_length}",
-                *([f"sinks {self.sink_length}"] if self.sink_length else []),
+                *_describe_sinks([layer.sink_length for layer in self.layers]),
             ]
         )
 
@@ -109,23 +107,16 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
         LayerFormat(
             key=tensor("key", b.key, config.axis_key, True, b.hadamard_key),
             value=tensor("value", b.value, config.axis_value, False),
+            sink_length=b.sink_length,
         )
         for b in bits
     )
-    if config.sink_length > page_size:
-        raise KVTunerConfigError(
-            f"--kvtuner-sink-length is {config.sink_length}; valid are 0 to {page_size}, one page (--page-size)"
-        )
-    return CachePlan(
-        layers=layers,
-        page_size=page_size,
-        residual_length=config.residual_length,
-        sink_length=config.sink_length,
-    )
+    _refuse_sinks_beyond_a_page(config, bits, page_size)
+    return CachePlan(layers=layers, page_size=page_size, residual_length=config.residual_length)
 
 
 def _describe_groups(formats: list[TensorFormat]) -> str:
-    """How the layers that quantize do it: presets change bits and rotation alone."""
+    """How the layers that quantize do it: of this, presets change rotation alone."""
     quantized = [fmt for fmt in formats if fmt.quantized]
     if not quantized:
         return "bfloat16"
@@ -136,15 +127,33 @@ def _describe_groups(formats: list[TensorFormat]) -> str:
     return described
 
 
+def _describe_sinks(lengths: list[int]) -> list[str]:
+    kept = sorted(length for length in lengths if length)
+    if not kept:
+        return []
+    count = str(kept[0]) if kept[0] == kept[-1] else f"{kept[0]} to {kept[-1]}"
+    return [f"sinks {count}" + ("" if len(kept) == len(lengths) else f" in {len(kept)} layers")]
+
+
 def _layer_bits(config: KVTunerConfig, num_layers: int) -> tuple[LayerBits, ...]:
     if config.preset is None:
-        return (LayerBits(config.nbits_key, config.nbits_value, config.hadamard_key),) * num_layers
-    bits = load_preset(config.preset, hadamard_key=config.hadamard_key)
+        return (LayerBits(config.nbits_key, config.nbits_value, config.hadamard_key, config.sink_length),) * num_layers
+    bits = load_preset(config.preset, hadamard_key=config.hadamard_key, sink_length=config.sink_length)
     if len(bits) != num_layers:
         raise KVTunerConfigError(
             f"--kvtuner-config {config.preset}: the preset has {len(bits)} layers, the model has {num_layers}"
         )
     return bits
+
+
+def _refuse_sinks_beyond_a_page(config: KVTunerConfig, bits: tuple[LayerBits, ...], page_size: int) -> None:
+    lengths = [("--kvtuner-sink-length", config.sink_length)]
+    if config.preset is not None:
+        of_layer = f"--kvtuner-config {config.preset}: sink_length of layer"
+        lengths += [(f"{of_layer} {i}", layer.sink_length) for i, layer in enumerate(bits)]
+    for what, length in lengths:
+        if length > page_size:
+            raise KVTunerConfigError(f"{what} is {length}; valid are 0 to {page_size}, one page (--page-size)")
 
 
 def _hadamard_block(head_dim: int) -> int:

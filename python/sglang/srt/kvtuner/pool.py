@@ -63,14 +63,13 @@ class KVTunerTokenToKVPool(KVCache):
         self.keys = buffers([layer.key for layer in self.formats])
         self.values = buffers([layer.value for layer in self.formats])
         rows = dict(
-            num_layers=self.layer_num,
             kv_heads=kv_heads,
             head_dim=self.head_dim,
             dtype=full_precision_dtype,
             device=device,
         )
-        self.window = ResidualWindow(plan, num_slots=num_slots, **rows)
-        self.sinks = Sinks(plan, num_pages=num_pages, **rows)
+        self.window = ResidualWindow(plan, num_layers=self.layer_num, num_slots=num_slots, **rows)
+        self.sinks = Sinks([layer.sink_length for layer in self.formats], num_pages=num_pages, **rows)
         self.mem_usage = sum(self.get_kv_size_bytes()) / (1 << 30)
 
     def packed_bytes(self) -> int:
@@ -107,8 +106,8 @@ class KVTunerTokenToKVPool(KVCache):
     ) -> torch.Tensor:
         packed = decode_pages(pages[step.packed_pages], fmt)  # [pages, heads, page_size, head_dim]
         packed = packed.transpose(1, 2).reshape(step.packed_end, self.kv_heads, self.head_dim)
-        if self.sinks.length and step.packed_end:
-            packed[: self.sinks.length] = sinks[step.packed_pages[0]].float()
+        if step.packed_end:
+            packed[: sinks.shape[1]] = sinks[step.packed_pages[0]].float()
         return torch.cat([packed, ring[step.slot, step.prior_rows].float()])
 
     def _store(
@@ -123,8 +122,8 @@ class KVTunerTokenToKVPool(KVCache):
         completed = step.completed_pages.numel()
         if completed:
             tokens = torch.cat([ring[step.slot, step.open_rows], new])[: completed * self.page_size]
-            if self.sinks.length and step.prior < self.page_size:
-                sinks[step.completed_pages[0]] = tokens[: self.sinks.length]
+            if step.prior < self.page_size:
+                sinks[step.completed_pages[0]] = tokens[: sinks.shape[1]]
             tokens = tokens.unflatten(0, (completed, self.page_size)).transpose(1, 2)
             pages[step.completed_pages] = encode_pages(tokens, fmt)
         ring[step.slot, step.kept_rows] = new[new.shape[0] - step.kept_rows.numel() :]

@@ -3,11 +3,12 @@
 A preset maps every layer index to its bits::
 
     0: {nbits_key: 8, nbits_value: 4}
-    1: {nbits_key: 4, nbits_value: 2, hadamard_key: true}
+    1: {nbits_key: 4, nbits_value: 2, hadamard_key: true, sink_length: 4}
 
-``hadamard_key`` extends KVTuner's format: whether the layer's keys are rotated before they are quantized, where the flag
-is not to decide. A layer may instead map KV head indices to such entries (KVTuner's per-head form). The packed cache has
-one format per layer, so that form is read where all heads of a layer agree and refused where they do not.
+``hadamard_key`` and ``sink_length`` extend KVTuner's format: whether the layer's keys are rotated before they are
+quantized, and how many first tokens it keeps in full precision, where the flags are not to decide. A layer may instead
+map KV head indices to such entries (KVTuner's per-head form). The packed cache has one format per layer, so that form is
+read where all heads of a layer agree and refused where they do not.
 """
 
 from __future__ import annotations
@@ -21,37 +22,41 @@ from sglang.srt.kvtuner.quantizer import STORED_BITS
 
 _KEYS = ("nbits_key", "nbits_value")
 _ROTATION = "hadamard_key"
+_SINKS = "sink_length"
+_VALID = (*_KEYS, _ROTATION, _SINKS)  # in the order of LayerBits
 
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one layer's keys and values, and whether keys are rotated."""
+    """Bits of one layer's keys and values, whether keys are rotated, and first tokens kept in full precision."""
 
     key: int
     value: int
     hadamard_key: bool = False
+    sink_length: int = 0
 
     def __str__(self) -> str:
-        return f"K{self.key}V{self.value}{' rotated' if self.hadamard_key else ''}"
+        sinks = f" sinks {self.sink_length}" if self.sink_length else ""
+        return f"K{self.key}V{self.value}{' rotated' if self.hadamard_key else ''}{sinks}"
 
 
 class PresetError(KVTunerConfigError):
     """A preset that cannot be used; the message names the file and, where there is one, the line."""
 
 
-def load_preset(path: str, *, hadamard_key: bool = False) -> tuple[LayerBits, ...]:
-    """Read a preset; entry i is layer i. ``hadamard_key`` holds for layers that do not say.
+def load_preset(path: str, *, hadamard_key: bool = False, sink_length: int = 0) -> tuple[LayerBits, ...]:
+    """Read a preset; entry i is layer i. ``hadamard_key`` and ``sink_length`` hold for layers that do not say.
 
     Raises PresetError, naming file and line, for an unreadable file, malformed YAML, unknown or missing keys, bits
-    other than 2, 4, 8, 16, a rotation other than true or false, repeated or missing layers, and heads of a layer that
-    disagree.
+    other than 2, 4, 8, 16, a rotation other than true or false, a negative number of sinks, repeated or missing layers,
+    and heads of a layer that disagree.
     """
-    return _PresetReader(path, hadamard_key).read()
+    return _PresetReader(path, {_ROTATION: hadamard_key, _SINKS: sink_length}).read()
 
 
 class _PresetReader:
-    def __init__(self, path: str, hadamard_key: bool) -> None:
-        self.path, self.hadamard_key = path, hadamard_key
+    def __init__(self, path: str, defaults: dict[str, int]) -> None:
+        self.path, self.defaults = path, defaults
 
     def read(self) -> tuple[LayerBits, ...]:
         try:
@@ -105,29 +110,31 @@ class _PresetReader:
         found = {}
         for key_node, value_node in node.value:
             key = getattr(key_node, "value", None)
-            if key not in (*_KEYS, _ROTATION):
-                self._fail(key_node, f"{what} has the unknown key {key!r}; valid are {', '.join((*_KEYS, _ROTATION))}")
+            if key not in _VALID:
+                self._fail(key_node, f"{what} has the unknown key {key!r}; valid are {', '.join(_VALID)}")
             if key in found:
                 self._fail(key_node, f"{what} gives {key} twice")
-            if key == _ROTATION:
-                found[key] = self._boolean(f"{key} of {what}", value_node)
-                continue
-            if not self._is_integer(value_node) or int(value_node.value) not in STORED_BITS:
-                given = getattr(value_node, "value", None)
-                self._fail(
-                    value_node, f"{key} of {what} is {given!r}; valid are {', '.join(map(str, STORED_BITS))}"
-                )
-            found[key] = int(value_node.value)
+            found[key] = self._value(key, what, value_node)
         for key in _KEYS:
             if key not in found:
                 self._fail(node, f"{what} has no {key}")
-        return LayerBits(*(found[key] for key in _KEYS), found.get(_ROTATION, self.hadamard_key))
+        return LayerBits(*({**self.defaults, **found}[key] for key in _VALID))
 
-    def _boolean(self, what: str, node: yaml.Node) -> bool:
+    def _value(self, key: str, what: str, node: yaml.Node) -> int:
         given = getattr(node, "value", None)
-        if node.tag != "tag:yaml.org,2002:bool" or given.lower() not in ("true", "false"):
-            self._fail(node, f"{what} is {given!r}; valid are true, false")
-        return given.lower() == "true"
+        if key == _ROTATION:
+            valid = "true, false"
+            if node.tag == "tag:yaml.org,2002:bool" and given.lower() in ("true", "false"):
+                return given.lower() == "true"
+        elif key == _SINKS:
+            valid = "0 to a page"
+            if self._is_integer(node) and int(given) >= 0:
+                return int(given)
+        else:
+            valid = ", ".join(map(str, STORED_BITS))
+            if self._is_integer(node) and int(given) in STORED_BITS:
+                return int(given)
+        self._fail(node, f"{key} of {what} is {given!r}; valid are {valid}")
 
     def _integer_entries(self, node: yaml.Node, what: str):
         if not isinstance(node, yaml.MappingNode):

@@ -56,8 +56,8 @@ def recipe_flags(config: KVTunerConfig) -> str:
 
 
 def preset_recipe(config: KVTunerConfig) -> str:
-    """:func:`recipe_flags` without rotation, which a preset's layers say themselves."""
-    return recipe_flags(replace(config, hadamard_key=False))
+    """:func:`recipe_flags` without rotation and sinks, which a preset's layers say themselves."""
+    return recipe_flags(replace(config, hadamard_key=False, sink_length=0))
 
 
 def warn_of_mismatch(config: KVTunerConfig, model_path: str) -> None:

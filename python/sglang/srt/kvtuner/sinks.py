@@ -13,11 +13,10 @@ from __future__ import annotations
 import torch
 
 from sglang.srt.kvtuner import huge_pages
-from sglang.srt.kvtuner.plan import CachePlan
 
 
 class Sinks:
-    """Full-precision rows of all layers.
+    """Full-precision rows of all layers, of which each has its own number.
 
     keys, values: per layer [num_pages, sink_length, kv_heads, head_dim] in the model's dtype; row t of page p is token t
     of the sequences that begin with p.
@@ -25,17 +24,15 @@ class Sinks:
 
     def __init__(
         self,
-        plan: CachePlan,
+        lengths: list[int],
         *,
-        num_layers: int,
         num_pages: int,
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        self.length = plan.sink_length
-        shapes = [(num_pages, self.length, kv_heads, head_dim)] * num_layers
+        shapes = [(num_pages, length, kv_heads, head_dim) for length in lengths]
         self.keys = huge_pages.zeros(shapes, dtype, device)
         self.values = huge_pages.zeros(shapes, dtype, device)
 

@@ -42,8 +42,9 @@ class CacheCosts:
         """Costs of the layers [start_layer, end_layer) with ``kv_heads`` local heads; ``itemsize`` is the bytes of a
         full-precision element."""
         layers = plan.layers[start_layer:end_layer]
-        elements = sum(layer.key.head_dim + layer.value.head_dim for layer in layers) * kv_heads
-        sink_bytes = plan.sink_length * elements * itemsize
+        of_layers = [(layer.key.head_dim + layer.value.head_dim) * kv_heads for layer in layers]
+        elements = sum(of_layers)
+        sink_bytes = sum(layer.sink_length * count for layer, count in zip(layers, of_layers)) * itemsize
         return cls(
             page_bytes=sum(layer.page_bytes_per_head for layer in layers) * kv_heads + sink_bytes,
             ring_bytes=plan.ring_length * elements * itemsize,
@@ -151,7 +152,7 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
             "Quantized KV cache memory: packed pages %.3f GB (%d pages of %d tokens, %d bytes each%s), residual windows "
             "%.3f GB (%d requests and 1 padding slot, %d tokens, %d bytes each; %.1f%% of the sum)%s",
             packed / GB, pages, costs.page_size, costs.page_bytes,
-            f", {costs.sink_bytes} of them for {self._plan.sink_length} sink tokens" if costs.sink_bytes else "",
+            f", {costs.sink_bytes} of them for sinks" if costs.sink_bytes else "",
             rings / GB, requests, self._plan.ring_length, costs.ring_bytes, 100 * rings / (packed + rings),
             "" if self._requested_requests() is not None
             else f"; --max-running-requests was not given, {requests} requests are admitted",

@@ -2,8 +2,7 @@
 
 import pytest
 
-from sglang.srt.kvtuner.config import KVTunerConfig
-from sglang.srt.kvtuner.preset import LayerBits
+from sglang.srt.kvtuner.config import KVTunerConfig, KVTunerConfigError
 from sglang.srt.kvtuner.tuner.cli import main
 from sglang.srt.kvtuner.tuner.errors import TuningError
 from sglang.srt.kvtuner.tuner.evaluate import parse_configuration
@@ -53,18 +52,23 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(capsys, mon
 
 
 BASE = KVTunerConfig(residual_length=0)
+SHAPE = dict(num_layers=3, head_dim=64, page_size=64)
+
+
+def bits_of(row):
+    return [(layer.key.nbits, layer.value.nbits) for layer in row.plan.layers]
 
 
 def test_configurations_become_server_flags():
-    row = parse_configuration("asym/K-channel/V-token/g32:K8V4", BASE, 3)
-    assert row.mix == (LayerBits(8, 4),) * 3
+    row = parse_configuration("asym/K-channel/V-token/g32:K8V4", BASE, **SHAPE)
+    assert bits_of(row) == [(8, 4)] * 3
     assert " ".join(row.flags) == (
         "--enable-kvtuner-quant --kvtuner-nbits-key 8 --kvtuner-nbits-value 4 --kvtuner-asym true --kvtuner-axis-key 1 "
         "--kvtuner-axis-value 0 --kvtuner-q-group-size 32 --kvtuner-residual-length 0"
     )
-    assert parse_configuration("unquantized", BASE, 3).flags == []
-    assert parse_configuration("K16V4", BASE, 3).mix == (LayerBits(16, 4),) * 3
-    rotated = parse_configuration("sym/K-token-rotated/V-token/g64:K4V4", KVTunerConfig(sink_length=4), 3)
+    assert parse_configuration("unquantized", BASE, **SHAPE).flags == []
+    assert bits_of(parse_configuration("K16V4", BASE, **SHAPE)) == [(16, 4)] * 3
+    rotated = parse_configuration("sym/K-token-rotated/V-token/g64:K4V4", KVTunerConfig(sink_length=4), **SHAPE)
     assert " ".join(rotated.flags).endswith(
         "--kvtuner-hadamard-key true --kvtuner-sink-length 4 --kvtuner-residual-length 128"
     )
@@ -84,16 +88,16 @@ def test_recipes_are_known_by_their_names(config):
 )
 def test_unknown_configurations_are_refused(spec, problem):
     with pytest.raises(TuningError, match=problem):
-        parse_configuration(spec, BASE, 3)
+        parse_configuration(spec, BASE, **SHAPE)
 
 
 def test_a_preset_of_another_layer_count_is_refused(tmp_path):
     path = tmp_path / "two.yaml"
     path.write_text("0: {nbits_key: 8, nbits_value: 4}\n1: {nbits_key: 8, nbits_value: 4}\n")
-    with pytest.raises(TuningError, match="the preset has 2 layers, the model has 3"):
-        parse_configuration(str(path), BASE, 3)
-    row = parse_configuration(str(path), BASE, 2)
-    assert row.mix == (LayerBits(8, 4),) * 2 and row.flags[1:3] == ["--kvtuner-config", str(path)]
+    with pytest.raises(KVTunerConfigError, match="the preset has 2 layers, the model has 3"):
+        parse_configuration(str(path), BASE, **SHAPE)
+    row = parse_configuration(str(path), BASE, **{**SHAPE, "num_layers": 2})
+    assert bits_of(row) == [(8, 4)] * 2 and row.flags[1:3] == ["--kvtuner-config", str(path)]
 
 
 def test_recall_items_hold_their_answer_once():

@@ -11,8 +11,7 @@ from sglang.srt.kvtuner.preset_header import read_header
 from sglang.srt.kvtuner.tuner import search as search_module
 from sglang.srt.kvtuner.tuner.engine import EngineSettings
 from sglang.srt.kvtuner.tuner.errors import TuningError
-from sglang.srt.kvtuner.tuner.nsga import choice_bits
-from sglang.srt.kvtuner.tuner.pareto import LayerGroup
+from sglang.srt.kvtuner.tuner.pareto import LayerGroup, mix_of
 from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, average_bits
 from sglang.srt.kvtuner.tuner.run import TuningRun
 from sglang.srt.kvtuner.tuner.score import Quality
@@ -142,12 +141,11 @@ def test_start_points_are_the_best_of_all_choices():
     groups = (LayerGroup((0, 2), FRONT), LayerGroup((1,), FRONT[1:]), LayerGroup((3, 4), FRONT[:4]))
     damage = [[9.0, 4.0, 2.0, 0.5, 0.0], [6.0, 5.0, 1.0, 0.0], [3.0, 2.5, 2.4, 0.1]]
     found = additive_optima(groups, damage, most_bits=4.5)
-    every = [c for c in itertools.product(range(5), range(4), range(4)) if choice_bits(groups, c) <= 4.5]
-    total = {c: sum(d[i] for d, i in zip(damage, c)) for c in every}
+    bits = {c: average_bits(mix_of(groups, c)) for c in itertools.product(range(5), range(4), range(4))}
+    total = {c: sum(d[i] for d, i in zip(damage, c)) for c in bits if bits[c] <= 4.5}
     assert total[found[-1]] == min(total.values())
     for choice in found:
-        bits = choice_bits(groups, choice)
-        assert total[choice] == min(t for c, t in total.items() if choice_bits(groups, c) <= bits)
+        assert total[choice] == min(t for c, t in total.items() if bits[c] <= bits[choice])
 
 
 def test_start_points_are_spread_from_the_most_bits_down():

@@ -76,6 +76,42 @@ def test_what_is_neither_file_nor_data_set_is_refused(monkeypatch):
         read_source("--text", "no/such-text")
 
 
+@pytest.fixture
+def write_dataset(tmp_path):
+    """A local data set of Parquet files; call with rows per split and their column."""
+    pytest.importorskip("datasets", reason="data sets are read with the datasets package")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the datasets package reads Parquet files with pyarrow")
+    import pyarrow
+
+    def write(column="text", **splits):
+        folder = tmp_path / column
+        folder.mkdir()
+        for split, rows in splits.items():
+            table = pyarrow.table({"id": list(range(len(rows))), column: rows})
+            parquet.write_table(table, folder / f"{split}.parquet")
+        return str(folder)
+
+    return write
+
+
+def test_data_sets(write_dataset):
+    name = write_dataset(test=["One.", "Two."], train=["Three."])
+    assert read_source("--text", name) == read_source("--text", f"{name}:default") == "One.\n\nTwo."
+    assert read_source("--text", f"{name}:default:train") == read_source("--text", f"{name}::train") == "Three."
+    assert read_source("--text", write_dataset("content", test=["Four."])) == "Four."
+
+
+def test_a_data_set_without_text_is_refused(write_dataset):
+    with pytest.raises(TuningError, match="--text .*: the data set's columns are id, words; text or content is needed"):
+        read_source("--text", write_dataset("words", test=["One."]))
+
+
+def test_a_split_that_the_data_set_lacks_is_named(write_dataset):
+    name = write_dataset(train=["One."])
+    with pytest.raises(TuningError, match="--eval-text .*no such Hugging Face data set can be loaded .*test.*train"):
+        read_source("--eval-text", name)
+
+
 def test_the_sample_is_long_enough_for_the_defaults():
     # English prose has more than a token per word with any tokenizer.
     assert len(read_source("--text", "builtin").split()) > 4400

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--recall", type=int, default=0, metavar="ITEMS", help="serve each, ask for exact recall")
     evaluate.add_argument("--lm-eval", metavar="TASKS", help="serve each, run these lm-eval tasks")
     evaluate.add_argument("--limit", type=int, help="documents per lm-eval task")
+    evaluate.add_argument("--include-path", metavar="DIR", help="folder with definitions of lm-eval tasks of your own")
     return parser
 
 
@@ -161,6 +162,7 @@ def _run(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
                 recall=options.recall,
                 lm_eval=options.lm_eval,
                 limit=options.limit,
+                include_path=options.include_path,
             )
         run = _open(options, config, flags)
         rows = evaluation.evaluate(run, options.configs, tasks and (lambda row: run_tasks(tasks, row)))

@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sglang.srt.kvtuner.config import KVTunerConfig
-from sglang.srt.kvtuner.plan import build_plan
-from sglang.srt.kvtuner.preset import load_preset
+from sglang.srt.kvtuner.plan import CachePlan, build_plan
 from sglang.srt.kvtuner.preset_header import recipe_flags
-from sglang.srt.kvtuner.tuner.errors import TuningError
-from sglang.srt.kvtuner.tuner.journal import Mix
 from sglang.srt.kvtuner.tuner.outputs import QUALITY_HEAD, quality_cells, text_table, write_json, write_text
-from sglang.srt.kvtuner.tuner.recipe import average_bits, parse_pair, parse_recipe, recipe_name
+from sglang.srt.kvtuner.tuner.recipe import parse_pair, parse_recipe, recipe_name
 from sglang.srt.kvtuner.tuner.run import FINAL, TuningRun
 from sglang.srt.kvtuner.tuner.score import Quality
 
@@ -22,11 +19,11 @@ UNQUANTIZED = "unquantized"
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row: ``config`` None is upstream's cache. flags: what a server takes for it."""
+    """One row: without ``config`` and ``plan`` it is upstream's cache. flags: what a server takes for it."""
 
     name: str
-    config: KVTunerConfig | None
-    mix: Mix = ()
+    config: KVTunerConfig | None = None
+    plan: CachePlan | None = None
 
     @property
     def flags(self) -> list[str]:
@@ -52,26 +49,23 @@ class Row:
     tasks: dict[str, float]
 
 
-def parse_configuration(spec: str, base: KVTunerConfig, num_layers: int) -> Configuration:
+def parse_configuration(spec: str, base: KVTunerConfig, **shape: int) -> Configuration:
     """``unquantized``, a pair (``K8V4``) or a preset's path; pair and preset with a recipe before a colon where it is
-    not the run's (``asym/K-channel/V-token/g64:K4V4``).
+    not the run's (``asym/K-channel/V-token/g64:K4V4``). shape: see :attr:`TuningRun.shape`.
 
-    Raises TuningError, and PresetError for a preset that cannot be used.
+    Raises TuningError, and KVTunerConfigError for what does not fit the model or a preset that cannot be used.
     """
     if spec == UNQUANTIZED:
-        return Configuration(spec, None)
+        return Configuration(spec)
     recipe, colon, bits = spec.partition(":")
     config = parse_recipe(recipe, base) if colon else base
     bits = bits if colon else spec
     if bits.endswith((".yaml", ".yml")) or Path(bits).exists():
-        mix = load_preset(bits)
-        if len(mix) != num_layers:
-            raise TuningError(f"--configs {spec}: the preset has {len(mix)} layers, the model has {num_layers}")
-        return Configuration(spec, replace(config, preset=bits), mix)
-    pair = parse_pair(bits)
-    return Configuration(
-        spec, replace(config, nbits_key=pair.key, nbits_value=pair.value, preset=None), (pair,) * num_layers
-    )
+        config = replace(config, preset=bits)
+    else:
+        pair = parse_pair(bits)
+        config = replace(config, nbits_key=pair.key, nbits_value=pair.value, preset=None)
+    return Configuration(spec, config, build_plan(config, **shape))
 
 
 def evaluate(
@@ -81,7 +75,7 @@ def evaluate(
 
     evaluation.md and evaluation.json in the run's folder are written anew after every row.
     """
-    configurations = [parse_configuration(spec, run.config, run.engine.num_layers) for spec in specs]
+    configurations = [parse_configuration(spec, run.config, **run.shape) for spec in specs]
     rows: list[Row] = []
     with run.progress(len(configurations), "evaluate") as bar:
         for configuration in configurations:
@@ -115,14 +109,11 @@ def table(rows: list[Row]) -> str:
 
 
 def _score(run: TuningRun, configuration: Configuration) -> Row:
-    config, mix, engine = configuration.config, configuration.mix, run.engine
-    if config is None:
-        bits = 8.0 * engine.full_precision_bytes
-        return Row(configuration, bits, bits, run.scorer(FINAL).unquantized(), {})
-    plan = build_plan(
-        config, num_layers=engine.num_layers, head_dim=engine.head_dim, page_size=engine.settings.page_size
-    )
-    return Row(configuration, average_bits(mix), sum(plan.stored_bits()) / 2, run.scorer(FINAL).score(plan), {})
+    plan, scorer = configuration.plan, run.scorer(FINAL)
+    if plan is None:
+        bits = 8.0 * run.engine.full_precision_bytes
+        return Row(configuration, bits, bits, scorer.unquantized(), {})
+    return Row(configuration, sum(plan.nominal_bits()) / 2, sum(plan.stored_bits()) / 2, scorer.score(plan), {})
 
 
 def _write(run: TuningRun, rows: list[Row]) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from sglang.srt.kvtuner.tuner.errors import import_optional
-from sglang.srt.kvtuner.tuner.pareto import LayerGroup
-from sglang.srt.kvtuner.tuner.starts import Choice
+from sglang.srt.kvtuner.tuner.pareto import Choice, LayerGroup, mix_of
+from sglang.srt.kvtuner.tuner.recipe import average_bits
 
 # Asking costs next to nothing, scoring seconds: choices over the cap and repeated ones are asked past.
 _ASKS_PER_TRIAL = 50
@@ -46,7 +46,7 @@ def nsga_search(
             break
         trial = study.ask()
         choice = tuple(trial.suggest_int(f"group {g}", 0, len(group.front) - 1) for g, group in enumerate(groups))
-        bits = choice_bits(groups, choice)
+        bits = average_bits(mix_of(groups, choice))
         if bits > most_bits + 1e-9:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             continue
@@ -54,9 +54,3 @@ def nsga_search(
             losses[choice] = score(choice)
         study.tell(trial, [bits, losses[choice]])
     return list(losses)
-
-
-def choice_bits(groups: tuple[LayerGroup, ...], choice: Choice) -> float:
-    """Average nominal bits of a choice."""
-    pairs = [(group.front[index], len(group.layers)) for group, index in zip(groups, choice, strict=True)]
-    return sum((pair.key + pair.value) * count for pair, count in pairs) / (2 * sum(count for _, count in pairs))

@@ -49,10 +49,12 @@ def write_json(path: Path, content: Any) -> None:
 def write_preset(path: Path, mix: tuple[LayerBits, ...], header: dict[str, str]) -> None:
     """Write a preset in KVTuner's YAML format, for ``--kvtuner-config``, with a header of comments.
 
-    Rotated layers say so, which extends the format (preset.py).
+    Layers with rotated keys or sinks say so, which extends the format (preset.py).
     """
     layers = [
-        f"{i}:\n  nbits_key: {pair.key}\n  nbits_value: {pair.value}\n" + pair.hadamard_key * "  hadamard_key: true\n"
+        f"{i}:\n  nbits_key: {pair.key}\n  nbits_value: {pair.value}\n"
+        + ("  hadamard_key: true\n" if pair.hadamard_key else "")
+        + (f"  sink_length: {pair.sink_length}\n" if pair.sink_length else "")
         for i, pair in enumerate(mix)
     ]
     write_text(path, format_header(header) + "".join(layers))

@@ -5,12 +5,17 @@ Source: KVTuner (arXiv 2502.04420): intra-layer pruning of precision pairs and i
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from sglang.srt.kvtuner.preset import LayerBits
+
+Point = TypeVar("Point")
+# Choice per group: an index into its front.
+Choice = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -21,17 +26,28 @@ class LayerGroup:
     front: tuple[LayerBits, ...]
 
 
+def mix_of(groups: tuple[LayerGroup, ...], choice: Choice) -> tuple[LayerBits, ...]:
+    """The pairs of all layers."""
+    pairs = {i: group.front[index] for group, index in zip(groups, choice, strict=True) for i in group.layers}
+    return tuple(pairs[i] for i in range(len(pairs)))
+
+
+def falling(points: Iterable[Point], loss: Callable[[Point], float]) -> list[Point]:
+    """Of points by rising cost, those that lose less than every one before: the Pareto front."""
+    kept: list[Point] = []
+    for point in points:
+        if not kept or loss(point) < loss(kept[-1]):
+            kept.append(point)
+    return kept
+
+
 def pareto_front(errors: dict[LayerBits, float]) -> tuple[LayerBits, ...]:
     """The pairs that no other pair beats with at most their bits and at most their error, by rising bits.
 
     Of pairs with the same bits and error the one with more key bits stays.
     """
-    kept, best = [], math.inf
-    for pair in sorted(errors, key=lambda p: (p.key + p.value, errors[p], -p.key)):
-        if errors[pair] < best:
-            kept.append(pair)
-            best = errors[pair]
-    return tuple(kept)
+    pairs = sorted(errors, key=lambda p: (p.key + p.value, errors[p], -p.key))
+    return tuple(falling(pairs, errors.__getitem__))
 
 
 def group_layers(

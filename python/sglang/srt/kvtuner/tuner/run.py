@@ -32,15 +32,15 @@ class TuningRun:
         """Tell the user, beside progress bars and logs."""
         print(line, file=sys.stderr, flush=True)
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """What a plan takes from the model and the engine."""
+        engine = self.engine
+        return dict(num_layers=engine.num_layers, head_dim=engine.head_dim, page_size=engine.settings.page_size)
+
     @cached_property
     def plans(self) -> PlanMaker:
-        engine = self.engine
-        return PlanMaker(
-            self.config,
-            num_layers=engine.num_layers,
-            head_dim=engine.head_dim,
-            page_size=engine.settings.page_size,
-        )
+        return PlanMaker(self.config, **self.shape)
 
     @cached_property
     def settings(self) -> dict[str, Any]:

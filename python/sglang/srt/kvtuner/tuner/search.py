@@ -18,12 +18,12 @@ from sglang.srt.kvtuner.tuner.outputs import (
     write_preset,
     write_text,
 )
-from sglang.srt.kvtuner.tuner.pareto import LayerGroup, group_layers
+from sglang.srt.kvtuner.tuner.pareto import Choice, LayerGroup, falling, group_layers, mix_of
 from sglang.srt.kvtuner.tuner.plots import front_plot
 from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, average_bits
 from sglang.srt.kvtuner.tuner.run import SEARCH, TuningRun
 from sglang.srt.kvtuner.tuner.score import Quality
-from sglang.srt.kvtuner.tuner.starts import Choice, additive_optima, spread
+from sglang.srt.kvtuner.tuner.starts import additive_optima, spread
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,11 @@ def search(run: TuningRun, settings: SearchSettings) -> list[FrontPoint]:
     return front
 
 
-def mix_of(groups: tuple[LayerGroup, ...], choice: Choice) -> Mix:
-    """The pairs of all layers."""
-    pairs = {i: group.front[index] for group, index in zip(groups, choice, strict=True) for i in group.layers}
-    return tuple(pairs[i] for i in range(len(pairs)))
-
-
 def pareto_points(run: TuningRun, scored: dict[Mix, Quality]) -> list[FrontPoint]:
     """The mixes that no other beats with at most their bits and at most their divergence, by rising bits."""
-    front: list[FrontPoint] = []
-    for mix, quality in sorted(scored.items(), key=lambda item: (average_bits(item[0]), item[1].kl)):
-        if not front or quality.kl < front[-1].quality.kl:
-            front.append(FrontPoint(mix, average_bits(mix), run.plans.stored_bits(mix), quality))
-    return front
+    points = [FrontPoint(mix, average_bits(mix), run.plans.stored_bits(mix), q) for mix, q in scored.items()]
+    points.sort(key=lambda point: (point.nominal_bits, point.quality.kl))
+    return falling(points, lambda point: point.quality.kl)
 
 
 def _search_choices(
@@ -179,8 +171,8 @@ def _write_front(
 
 
 def _write_preset(run: TuningRun, path: Path, point: FrontPoint) -> None:
-    mix = tuple(replace(pair, hadamard_key=run.config.hadamard_key) for pair in point.mix)
-    write_preset(path, mix, _header(run, point))
+    options = dict(hadamard_key=run.config.hadamard_key, sink_length=run.config.sink_length)
+    write_preset(path, tuple(replace(pair, **options) for pair in point.mix), _header(run, point))
 
 
 def _header(run: TuningRun, point: FrontPoint) -> dict[str, str]:

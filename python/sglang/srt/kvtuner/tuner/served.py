@@ -37,7 +37,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class TaskSettings:
     """server: server flags beside the configuration's (model and device among them). log: file for the server's log.
     recall: items of the built-in task, 0 leaves it out. lm_eval: its tasks, comma-separated, or None. limit: documents
-    per lm-eval task."""
+    per lm-eval task. include_path: folder with definitions of further tasks, or None."""
 
     model: str
     server: tuple[str, ...]
@@ -45,6 +45,7 @@ class TaskSettings:
     recall: int = 40
     lm_eval: str | None = None
     limit: int | None = None
+    include_path: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,23 +86,33 @@ def _recall(url: str, settings: TaskSettings) -> float:
 
 def _lm_eval(url: str, settings: TaskSettings) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        arguments = f"model=default,base_url={url}/v1/completions,tokenizer={settings.model},num_concurrent=8"
+        # Without a backend lm-eval asks the server for its tokenizer, through proxies that the environment may name.
+        tokenizer = f"tokenizer={settings.model},tokenizer_backend=huggingface"
+        arguments = f"model=default,base_url={url}/v1/completions,num_concurrent=8,{tokenizer}"
         command = [
             *(sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments),
             *("--tasks", settings.lm_eval, "--output_path", folder, "--seed", str(settings.seed)),
             *(("--limit", str(settings.limit)) if settings.limit else ()),
+            *(("--include_path", settings.include_path) if settings.include_path else ()),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted(Path(folder).rglob("results*.json"))
         if done.returncode or not found:
             raise TuningError(f"lm-eval failed with exit status {done.returncode}:\n{done.stderr[-3000:]}")
         results = json.loads(found[-1].read_text(encoding="utf-8"))["results"]
-    return {
-        f"{task} {name.partition(',')[0]}": value
-        for task, metrics in results.items()
-        for name, value in metrics.items()
-        if name.partition(",")[0] in ("acc", "acc_norm", "exact_match") and isinstance(value, float)
-    }
+    return shares_of_right_answers(results)
+
+
+def shares_of_right_answers(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """From lm-eval's results by task: accuracies and exact matches, as ``task metric``, with the filter of the answers
+    that they hold for where there is one (a task may have several)."""
+    found = {}
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, answers = name.partition(",")
+            if metric in ("acc", "acc_norm", "exact_match") and isinstance(value, float):
+                found[f"{task} {metric}" + (f" ({answers})" if answers not in ("", "none") else "")] = value
+    return found
 
 
 @contextmanager

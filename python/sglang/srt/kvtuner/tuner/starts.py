@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from sglang.srt.kvtuner.tuner.pareto import LayerGroup
-
-# Choice per group: an index into its front.
-Choice = tuple[int, ...]
+from sglang.srt.kvtuner.tuner.pareto import Choice, LayerGroup, falling
 
 
 def additive_optima(groups: tuple[LayerGroup, ...], damage: list[list[float]], *, most_bits: float) -> list[Choice]:
@@ -26,12 +23,7 @@ def additive_optima(groups: tuple[LayerGroup, ...], damage: list[list[float]], *
                 if spent <= budget and (spent not in following or found < following[spent]):
                     following[spent] = found
         best = following
-    front, lowest = [], float("inf")
-    for bits in sorted(best):
-        if best[bits][0] < lowest:
-            lowest = best[bits][0]
-            front.append(best[bits][1])
-    return front
+    return [choice for _, choice in falling((best[bits] for bits in sorted(best)), lambda found: found[0])]
 
 
 def spread(choices: list[Choice], count: int) -> list[Choice]:

@@ -1,7 +1,7 @@
 """Text for calibration, search and final evaluation: three disjoint lists of token windows.
 
 Sources: ``builtin`` (sample.txt beside this file), a text file, or a Hugging Face data set as NAME, NAME:CONFIG or
-NAME:CONFIG:SPLIT (its column ``text`` or ``content``).
+NAME:CONFIG:SPLIT (its column ``text`` or ``content``), where NAME may be a local folder of one.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def read_source(flag: str, source: str) -> str:
     """The text of a source. Raises TuningError, naming the flag, where there is none."""
     if source == BUILTIN:
         text = (Path(__file__).parent / "sample.txt").read_text(encoding="utf-8")
-    elif Path(source).exists():
+    elif Path(source).is_file():
         try:
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -101,11 +101,13 @@ def _read_dataset(flag: str, source: str) -> str:
         import datasets
 
         rows = datasets.load_dataset(name, config or None, split=split or "test", streaming=True)
-        column = next((c for c in _COLUMNS if c in (rows.column_names or _COLUMNS)), None)
-        if column is None:
-            raise TuningError(f"{flag} {source}: the data set has no column {' or '.join(_COLUMNS)}")
         parts, size = [], 0
         for row in rows:
+            column = next((c for c in _COLUMNS if c in row), None)
+            if column is None:
+                raise TuningError(
+                    f"{flag} {source}: the data set's columns are {', '.join(row)}; {' or '.join(_COLUMNS)} is needed"
+                )
             parts.append(row[column])
             size += len(row[column])
             if size > _MOST_CHARACTERS:
