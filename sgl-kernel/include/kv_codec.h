@@ -101,8 +101,12 @@ KVTUNER_HD inline float float_of(uint32_t u) {
   return x;
 }
 
-// Round to nearest, ties to even, for |x| below 2^22; the additions vectorize where a library call would not.
-KVTUNER_HD inline float round_even(float x) { return (x + 12582912.f) - 12582912.f; }
+// 1.5 * 2^23: added to x with |x| below 2^22 it rounds x to the nearest whole number, ties to even, which is then in the
+// low bits of the sum.
+constexpr float kRounder = 12582912.f;
+
+// As that; the additions vectorize where a library call would not.
+KVTUNER_HD inline float round_even(float x) { return (x + kRounder) - kRounder; }
 
 // x within [2^-24, 65504], rounded to nearest even.
 KVTUNER_HD inline uint16_t half_of_scale(float x) {

@@ -44,14 +44,14 @@ inline F load_bf16(const void* p) {
 }
 inline F load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
-// Rounds by adding 1.5 * 2^23: the low words of the sums are the integers.
+// The low words of rows plus kRounder are the integers.
 inline I store_rounded(int16_t* p, F a, F b, F factor) {
   alignas(64) static constexpr int16_t kLowWords[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                                         32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
-  const F magic = f_set(12582912.f);
-  const I x = as_int(f_fma(a, factor, magic)), y = as_int(f_fma(b, factor, magic));
+  const F rounder = f_set(kRounder);
+  const I x = as_int(f_fma(a, factor, rounder)), y = as_int(f_fma(b, factor, rounder));
   _mm512_storeu_si512(p, _mm512_permutex2var_epi16(x, _mm512_load_si512(kLowWords), y));
-  return i_add(i_add(x, y), i_set((int32_t)(0u - 2 * 0x4b400000u)));
+  return i_add(i_add(x, y), i_set((int32_t)(0u - 2 * bits_of(kRounder))));
 }
 
 // Lane i of the result combines the lanes of x[i].

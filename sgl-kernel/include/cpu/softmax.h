@@ -1,11 +1,11 @@
 // Online softmax of rows of scores, in units of log 2. Included once per body, after a simd_*.h.
 
-// 2^x for x <= 0, relative error 3e-6; below -100 as for -100, next to nothing. Adding 1.5 * 2^23 rounds x to a whole
-// number, which is then the low bits; the polynomial is for the rest, from -1/2 to 1/2.
+// 2^x for x <= 0, relative error 3e-6; below -100 as for -100, next to nothing. The polynomial is for what
+// is left of x beside the nearest whole number, from -1/2 to 1/2.
 inline F f_exp2(F x) {
-  const F magic = f_set(12582912.f);
+  const F rounder = f_set(kRounder);
   x = f_max(x, f_set(-100.f));
-  const F whole = f_add(x, magic), f = f_sub(x, f_sub(whole, magic));
+  const F whole = f_add(x, rounder), f = f_sub(x, f_sub(whole, rounder));
   F y = f_set(9.570102207e-3f);
   y = f_fma(y, f, f_set(5.591785908e-2f));
   y = f_fma(y, f, f_set(2.402474433e-1f));
