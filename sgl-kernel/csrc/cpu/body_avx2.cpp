@@ -21,6 +21,8 @@ namespace {
 namespace avx2 {
 #include <sgl_kernel/kvtuner/cpu/simd_avx2.h>
 
+#include <sgl_kernel/kvtuner/cpu/tile_loops.h>
+
 #include <sgl_kernel/kvtuner/cpu/block_product.h>
 
 #include <sgl_kernel/kvtuner/cpu/block_rows.h>
@@ -30,6 +32,8 @@ namespace avx2 {
 #include <sgl_kernel/kvtuner/cpu/hadamard.h>
 
 #include <sgl_kernel/kvtuner/cpu/softmax.h>
+
+#include <sgl_kernel/kvtuner/cpu/weights.h>
 
 #include <sgl_kernel/kvtuner/cpu/attend_tail.h>
 

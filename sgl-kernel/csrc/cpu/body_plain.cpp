@@ -14,6 +14,8 @@ namespace {
 namespace plain {
 #include <sgl_kernel/kvtuner/cpu/simd_plain.h>
 
+#include <sgl_kernel/kvtuner/cpu/tile_loops.h>
+
 #include <sgl_kernel/kvtuner/cpu/block_product.h>
 
 #include <sgl_kernel/kvtuner/cpu/block_rows.h>
@@ -23,6 +25,8 @@ namespace plain {
 #include <sgl_kernel/kvtuner/cpu/hadamard.h>
 
 #include <sgl_kernel/kvtuner/cpu/softmax.h>
+
+#include <sgl_kernel/kvtuner/cpu/weights.h>
 
 #include <sgl_kernel/kvtuner/cpu/attend_tail.h>
 

@@ -1,15 +1,14 @@
 // One work item of attention: online softmax over runs of packed pages, then over full-precision tiles. Included once
 // per body, last.
 
-// Pages whose scores are computed before their values are read: what a page waits for (maxima, sums, roundings)
-// overlaps with the others'. With many rows there is work enough in one. The blocks of a run, fetched ahead of use, must
-// not push each other out of the first-level cache.
+// Pages whose scores are computed before their values are read: what a page waits for (maxima, roundings) is waited for
+// once, and the sums of values leave the registers once. With many rows there is work enough in one. The blocks of a run,
+// fetched ahead of use, must not push each other out of the first-level cache.
 constexpr int kRunPages = 4;
 constexpr int kRunRows = 16;
 constexpr int kRunBytes = 36 << 10;
 
-// The share of a block's lines that is fetched outside of tiles: maxima, exponents and roundings take about as much of the
-// time.
+// The share of a block's lines that is fetched outside of tiles.
 constexpr int kRestShare = 4;
 
 inline int run_pages(const AttendCall& c, int rows) {
@@ -20,6 +19,7 @@ inline int run_pages(const AttendCall& c, int rows) {
 struct Scratch {
   float *q, *page_q, *scores, *folded;  // page_q: rotated where packed keys are
   Left keys, values;
+  Parameters key_parameters, value_parameters;
   TailScratch tail;
   State state;
   BlockShape key, value;
@@ -33,9 +33,12 @@ struct Scratch {
     q = carve.take<float>(rows * dim);
     page_q = c.key.hadamard ? carve.take<float>(rows * dim) : q;
     scores = carve.take<float>(rows * tokens);
-    folded = carve.take<float>(kLanes * (page > dim ? page : dim));
-    keys = Left::carve(carve, key, rows, keys_once() ? 1 : run);
-    values = Left::carve(carve, value, rows, run);
+    folded = carve.take<float>(2 * kLanes * spare_length(run * page));
+    keys = keys_once() ? Left::carve(carve, key, rows, 1, dim) : Left::carve(carve, key, rows, run * key.groups, dim);
+    values = value.lane_groups() ? Left::carve(carve, value, rows, value.groups, run * page)
+                                 : Left::carve(carve, value, rows, value.bits == 16 ? 0 : run, page);
+    key_parameters = Parameters::carve(carve, key, run);
+    value_parameters = Parameters::carve(carve, value, run);
     tail = {scores, carve.take<float>(kTailTokens * dim), carve.take<float>(kTailTokens * dim),
             carve.take<float>(kTailTokens * dim)};
     state = {rows, dim, carve.take<float>(rows * dim), carve.take<float>(rows), carve.take<float>(rows * kLanes)};
@@ -43,7 +46,13 @@ struct Scratch {
   }
 
   // Queries serve every page as they are.
-  bool keys_once() const { return key.bits == 16 || key.reduction_groups; }
+  bool keys_once() const { return !key.lane_groups(); }
+
+ private:
+  int spare_length(int tokens) const {
+    const int for_values = value.lane_groups() && value.groups > 1 ? tokens : 0;
+    return for_values > key.reduction ? for_values : key.reduction;
+  }
 };
 
 // What an item of the call needs at most.
@@ -74,40 +83,42 @@ inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, 
   const auto block_of = [&](const uint8_t* blocks, const BlockShape& f, int64_t u) {
     return blocks + ((int64_t)pages[u] * c.kv_heads + item.kv_head) * f.bytes;
   };
-  const int key_lines = s.key.lines(), value_lines = s.value.lines();
-  const int value_tile_lines = value_lines - value_lines / kRestShare;
-  const int key_tile_lines = fetching_steps(s.value, rows, 1) ? key_lines - key_lines / kRestShare : key_lines;
-  PrefetchRest none;
   for (int64_t u = item.unit_begin; u < last && u < item.unit_begin + s.run; ++u)
-    Prefetch{block_of(c.k_pages, s.key, u), 0}.fetch(key_lines);
+    fetch_lines(block_of(c.k_pages, s.key, u), s.key.lines());
   if (c.key.hadamard) {
     memcpy(s.page_q, s.q, sizeof(float) * rows * dim);
     for (int r = 0; r < rows; ++r) rotate_row(s.page_q + r * dim, dim, c.key.hadamard, s.folded);
   }
-  const bool keys_once = s.keys_once();
-  if (keys_once) prepare(s.key, nullptr, 1, s.page_q, dim, 0, rows, s.folded, s.keys, none);
+  if (s.keys_once()) prepare(s.key, nullptr, 1, s.page_q, dim, rows, s.key_parameters, s.folded, s.keys);
   for (int64_t u = item.unit_begin; u < last; u += s.run) {
     const int count = (int)(last - u < s.run ? last - u : s.run);
+    const int next = (int)(last - u - count < s.run ? last - u - count : s.run);
     const uint8_t *keys[kRunPages], *values[kRunPages], *next_keys[kRunPages];
     for (int j = 0; j < count; ++j) {
       keys[j] = block_of(c.k_pages, s.key, u + j);
       values[j] = block_of(c.v_pages, s.value, u + j);
-      next_keys[j] = u + s.run + j < last ? block_of(c.k_pages, s.key, u + s.run + j) : nullptr;
+      // Parameters come last in a block, and are needed first.
+      fetch_lines(values[j] + s.value.code_lines() * kVectorBytes, s.value.lines() - s.value.code_lines());
     }
-    if (!keys_once) prepare(s.key, keys, count, s.page_q, dim, 0, rows, s.folded, s.keys, none);
+    for (int j = 0; j < next; ++j) next_keys[j] = block_of(c.k_pages, s.key, u + count + j);
+    Fetch fetch_values(values, count, s.value.code_lines()), fetch_keys(next_keys, next, s.key.lines());
+
+    const Left queries = s.keys_once() ? s.keys : s.keys.shaped(count * s.key.groups, dim);
+    if (!s.keys_once()) prepare(s.key, keys, count, s.page_q, dim, rows, s.key_parameters, s.folded, queries);
+    fetch_values.pace(fetch_values.left() - fetch_values.left() / kRestShare, count * s.key.steps(rows));
     for (int j = 0; j < count; ++j)
-      multiply(s.key, keys[j], s.page_q, dim, s.keys.of_block(s.key, rows, keys_once ? 0 : j), rows, s.scores + j * page,
-               stride, false, values[j], value_tile_lines);
+      multiply(s.key, keys + j, 1, s.page_q, dim, queries, s.keys_once() ? 0 : j * s.key.groups, rows, s.scores + j * page,
+               stride, false, fetch_values);
     if (u == 0) hide_sinks(c, s.scores, rows, stride);
-    PrefetchRest value_rest{values, count, value_tile_lines, value_lines, softmax_steps(rows, count * page)};
-    for (int r = 0; r < rows; ++r) softmax_row(s.state, r, s.scores + r * stride, count * page, value_rest);
-    int next = 0;
-    while (next < count && next_keys[next]) ++next;
-    PrefetchRest key_rest{next_keys, next, key_tile_lines, key_lines, fetching_steps(s.value, rows, count)};
-    prepare(s.value, values, count, s.scores, stride, page, rows, s.folded, s.values, key_rest);
-    for (int j = 0; j < count; ++j)
-      multiply(s.value, values[j], s.scores + j * page, stride, s.values.of_block(s.value, rows, j), rows, s.state.acc, dim,
-               true, next_keys[j], key_tile_lines);
+
+    const Left weights = s.value.lane_groups() ? s.values.shaped(s.value.groups, count * page) : s.values.shaped(count, page);
+    fetch_values.pace(fetch_values.left(), soon_steps(rows, count));
+    fetch_keys.pace(fetch_keys.left() / kRestShare, later_steps(s.value, rows));
+    weigh(s.state, s.value, values, count, s.scores, stride, s.value_parameters, s.folded, weights, fetch_values,
+          fetch_keys);
+
+    fetch_keys.pace(fetch_keys.left(), count * s.value.steps(rows));
+    multiply(s.value, values, count, s.scores, stride, weights, 0, rows, s.state.acc, dim, true, fetch_keys);
   }
 }
 

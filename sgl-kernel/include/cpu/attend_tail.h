@@ -103,7 +103,7 @@ inline void values_of_few(const TileRows& tile, const float* p, int rows, float*
 inline void softmax_tile(const AttendCall& c, const WorkItem& item, State& state, int64_t begin, int count,
                          float* scores) {
   const Sequence& seq = c.sequences[item.sequence];
-  PrefetchRest none;
+  Fetch none;
   for (int r = 0; r < state.rows; ++r) {
     float* row = scores + r * kTailTokens;
     const int64_t visible = seq.prior + item.token_begin + r / c.group + 1 - begin;
@@ -113,7 +113,7 @@ inline void softmax_tile(const AttendCall& c, const WorkItem& item, State& state
       continue;
     }
     for (int t = limit; t < kTailTokens; ++t) row[t] = -1e38f;
-    softmax_row(state, r, row, kTailTokens, none);
+    softmax_row(state, r, row, kTailTokens, kTailTokens, none);
   }
 }
 
@@ -140,13 +140,13 @@ inline void attend_many(const AttendCall& c, const WorkItem& item, const float* 
   for (int t = 0; t < kTailTokens; t += 16)
     for (int i = 0; i < dim; i += 16)
       transpose16(s.rows + t * dim + i, dim, s.keys + i * kTailTokens + t, kTailTokens);
-  Prefetch none{};
-  cover(rows, kTailTokens / kLanes,
-        FloatTile<32>{(const uint8_t*)s.keys, kTailTokens * 4, dim, q, dim, s.scores, kTailTokens, false, none});
+  Fetch none;
+  const uint8_t *key_rows = (const uint8_t*)s.keys, *value_rows = (const uint8_t*)s.values;
+  const FloatProduct scores{&key_rows, 1, kTailTokens * 4, dim, q, dim, s.scores, kTailTokens, false};
+  cover(rows, kTailTokens / kLanes, FloatTiles<32>{scores, none});
   softmax_tile(c, item, state, begin, tile.count, s.scores);
-  cover(rows, dim / kLanes,
-        FloatTile<32>{(const uint8_t*)s.values, dim * 4, tile.count, s.scores, kTailTokens, state.acc, dim, true,
-                      none});
+  const FloatProduct sums{&value_rows, 1, dim * 4, tile.count, s.scores, kTailTokens, state.acc, dim, true};
+  cover(rows, dim / kLanes, FloatTiles<32>{sums, none});
 }
 
 inline void attend_tile(const AttendCall& c, const WorkItem& item, const float* q, State& state, const TileRows& tile,

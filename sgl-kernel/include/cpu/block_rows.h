@@ -1,194 +1,222 @@
-// Rows made ready for products with packed blocks: int16, with the scales folded in that lie along the reduction.
-// Included once per body, after block_product.h.
+// Rows made ready for products with packed blocks: int16, with the scales folded in that lie along the reduction. Included
+// once per body, after block_product.h.
 //
 // Groups along the lanes have a scale per element of the reduction: it is folded into the rows, anew for each group of
 // each block, and zero points and the codes' offset add one term per row. Groups along the reduction have a scale per
 // lane: it multiplies the sums after, and the rows serve every block.
 
 // Largest int16 with which a sum over `width` products cannot leave int32.
-inline float int16_limit(const BlockFormat& f, int width) {
-  const double most = 2147483647.0 / (((1 << f.bits) - 1) * (double)width);
+inline float int16_limit(int bits, int width) {
+  const double most = 2147483647.0 / (((1 << bits) - 1) * (double)width);
   return most < 32767 ? (float)(int)most : 32767.f;
 }
 
 // What the loops need of a format, worked out once per work item.
 struct BlockShape {
-  int bits, group, lanes, reduction, groups, span;
+  int bits, group, lanes, reduction, groups;
   bool asym, reduction_groups;
   int code_bytes, scale_bytes, bytes;
-  int step;     // bytes from one vector of the reduction to the next
-  int steps;    // of the tiles that take all lanes for some rows
-  float limit;  // of the rows' int16
+  int step;                    // bytes from one vector of the reduction to the next
+  int vectors, group_vectors;  // of the reduction, and of a group along it
 
   explicit BlockShape(const BlockFormat& f)
       : bits(f.bits), group(f.group), lanes(f.lanes()), reduction(f.reduction()), groups(f.bits == 16 ? 1 : f.groups()),
-        span(f.span()), asym(f.asym), reduction_groups(f.reduction_groups()), code_bytes(f.code_bytes()),
-        scale_bytes(f.scale_bytes()), bytes(f.block_bytes()), step(lanes / kLanes * kVectorBytes),
-        limit(int16_limit(f, reduction_groups ? group : reduction)) {
-    steps = reduction / span * ((lanes / kLanes + kMaxVectors - 1) / kMaxVectors);
-  }
+        asym(f.asym), reduction_groups(f.reduction_groups()), code_bytes(f.code_bytes()), scale_bytes(f.scale_bytes()),
+        bytes(f.block_bytes()), step(lanes / kLanes * kVectorBytes), vectors(reduction / f.span()),
+        group_vectors(group / f.span()) {}
 
+  bool lane_groups() const { return bits != 16 && !reduction_groups; }
+  int offset() const { return 1 << (bits - 1); }
+  int code_lines() const { return code_bytes / kVectorBytes; }
   int lines() const { return (bytes + kVectorBytes - 1) / kVectorBytes; }
+  // Steps of fetching in a product of `rows` rows with a block.
+  int steps(int rows) const {
+    return vectors * ((lanes / kLanes + kMaxVectors - 1) / kMaxVectors) * ((rows + kMaxRows - 1) / kMaxRows);
+  }
 };
 
-// Rows as blocks take them: value = element * scale. Copies: one per block and group where groups are along the lanes.
+// Rows as blocks take them: value = element * scale.
 struct Left {
-  int16_t* element;  // [copies][rows][reduction]
-  float* scale;      // [copies][rows]
-  float* extra;      // [copies][rows]: products with zero points and offset; of groups along the lanes
-  int32_t* sum;      // [rows][groups] of the int16; of groups along the reduction
-  float* exact;      // as sum, of the floats; of asymmetric blocks with groups along the reduction
+  int16_t* element;  // [rows][copies][length]
+  float* scale;      // [rows][copies]
+  float* extra;      // [rows][copies]: products with zero points and offset; of groups along the lanes
+  int32_t* sum;      // [rows][copies][groups]: what the codes' offset adds; of groups along the reduction
+  float* exact;      // as sum, sums of the floats; of asymmetric blocks with groups along the reduction
+  int copies;        // blocks or groups that rows are made ready for apart
+  int length;
 
   // Stores of 16 may pass the end of scale and extra.
   template <class Carve>
-  static Left carve(Carve& memory, const BlockShape& f, int rows, int blocks) {
-    const int copies = blocks * (f.reduction_groups ? 1 : f.groups), sums = f.reduction_groups ? blocks * rows * f.groups : 0;
-    return {memory.template take<int16_t>((int64_t)copies * rows * f.reduction),
-            memory.template take<float>(copies * rows + kLanes), memory.template take<float>(copies * rows + kLanes),
-            memory.template take<int32_t>(sums), memory.template take<float>(sums)};
+  static Left carve(Carve& memory, const BlockShape& f, int rows, int copies, int length) {
+    const int all = copies * rows, sums = f.reduction_groups ? all * f.groups : 0;
+    return {memory.template take<int16_t>((int64_t)all * length), memory.template take<float>(all + kLanes),
+            memory.template take<float>(all + kLanes), memory.template take<int32_t>(sums),
+            memory.template take<float>(sums), copies, length};
   }
 
-  Left of_block(const BlockShape& f, int rows, int block) const {
-    const int copies = block * (f.reduction_groups ? 1 : f.groups), sums = block * rows * f.groups;
-    return {element + (int64_t)copies * rows * f.reduction, scale + copies * rows, extra + copies * rows, sum + sums,
-            exact + sums};
+  Left shaped(int copies, int length) const {
+    Left other = *this;
+    other.copies = copies, other.length = length;
+    return other;
+  }
+};
+
+// Scales and zero points of some blocks with groups along the lanes, as floats, by group, then block.
+struct Parameters {
+  float *scale, *zero;  // [groups][blocks][reduction]
+
+  template <class Carve>
+  static Parameters carve(Carve& memory, const BlockShape& f, int blocks) {
+    const int count = f.lane_groups() ? blocks * f.groups * f.reduction : 0;
+    return {memory.template take<float>(count), memory.template take<float>(f.asym ? count : 0)};
+  }
+
+  void load(const BlockShape& f, const uint8_t* const* blocks, int count) const {
+    for (int j = 0; j < count; ++j)
+      for (int g = 0; g < f.groups; ++g) {
+        const uint8_t *scales = blocks[j] + f.code_bytes + g * f.reduction * kParameterBytes, *zeros = scales + f.scale_bytes;
+        const int at = (g * count + j) * f.reduction;
+        for (int i = 0; i < f.reduction; i += kLanes) f_store(scale + at + i, load_half(scales + i * kParameterBytes));
+        for (int i = 0; f.asym && i < f.reduction; i += kLanes)
+          f_store(zero + at + i, load_int16(zeros + i * kParameterBytes));
+      }
   }
 };
 
 constexpr float kSmallest = 1e-30f;  // a row's largest element, so that it has an inverse
 
-// One group of a row: its int16, their sum, and that of the floats.
-inline void quantize_group(const float* row, int count, float inverse, int16_t* to, int32_t* sum, float* exact) {
-  if (count % kLanes) {  // narrow groups of 2- and 4-bit codes
-    *sum = 0, *exact = 0.f;
-    for (int i = 0; i < count; ++i) *sum += to[i] = (int16_t)(int)round_even(row[i] * inverse), *exact += row[i];
-    return;
+// A row times factor, rounded. Returns lanes that add up to the sum.
+KVTUNER_INLINE I quantize_row(const float* row, int count, float factor, int16_t* to) {
+  I sum = i_set(0);
+  int i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+    sum = i_add(sum, store_rounded(to + i, f_load(row + i), f_load(row + i + kLanes), f_set(factor)));
+  for (; i < count; i += kLanes) {
+    const I rounded = to_int(f_mul(f_load(row + i), f_set(factor)));
+    store_int16(to + i, rounded);
+    sum = i_add(sum, rounded);
   }
-  I total = i_set(0);
-  F floats = f_set(0.f);
-  for (int i = 0; i < count; i += kLanes) {
-    const F x = f_load(row + i);
-    const I q = to_int(f_mul(x, f_set(inverse)));
-    store_int16(to + i, q);
-    total = i_add(total, q);
-    floats = f_add(floats, x);
-  }
-  *sum = i_hsum(total);
-  *exact = f_hsum(floats);
+  return sum;
 }
 
-inline void quantize_reduction_groups(const BlockShape& f, const float* a, int stride, int rows, const Left& to) {
+// Rows for blocks with groups along the reduction, which are not looked at.
+inline void quantize_rows(const BlockShape& f, const float* a, int stride, int rows, const Left& to, int copy) {
+  const float limit = int16_limit(f.bits, f.group);
   for (int r = 0; r < rows; ++r) {
     const float* row = a + (int64_t)r * stride;
+    const int at = r * to.copies + copy;
+    int16_t* element = to.element + (int64_t)at * to.length;
     F most = f_set(kSmallest);
     for (int i = 0; i < f.reduction; i += kLanes) most = f_max(most, f_abs(f_load(row + i)));
-    const float largest = f_hmax(most), inverse = f.limit / largest;
-    to.scale[r] = largest / f.limit;
-    for (int g = 0, at = r * f.groups; g < f.groups; ++g, ++at)
-      quantize_group(row + g * f.group, f.group, inverse, to.element + r * f.reduction + g * f.group, to.sum + at,
-                     to.exact + at);
+    const float largest = f_hmax(most);
+    to.scale[at] = largest / limit;
+    quantize_row(row, f.reduction, limit / largest, element);
+    for (int g = 0; g < f.groups; ++g) {
+      int32_t sum = 0;
+      for (int i = g * f.group; i < (g + 1) * f.group; ++i) sum += element[i];
+      to.sum[at * f.groups + g] = -f.offset() * sum;
+      float exact = 0.f;
+      for (int i = g * f.group; f.asym && i < (g + 1) * f.group; ++i) exact += row[i];
+      if (f.asym) to.exact[at * f.groups + g] = exact;
+    }
   }
 }
 
-// Rows on their way to int16, one lane each in what is worked out for all of them at once.
-struct Folding {
-  const BlockShape& f;
-  float* x;  // [kLanes][reduction]: rows times scales
-  PrefetchRest& later;
-  F most[kLanes], extra[kLanes];
-  int pending, done;
+// Rows that scales are folded into, on their way to int16; `to` is filled in the order in which they come. What follows
+// from a row's largest element is little work that takes long: it is done for sixteen rows at a time, while the next
+// sixteen come in.
+class Folding {
+ public:
+  // spare: [2][kLanes][length of rows], or null where rows are at places of their own.
+  Folding(const BlockShape& f, float* spare, const Left& to, Fetch& fetch)
+      : f_(f), spare_(spare), to_(to), fetch_(fetch), limit_(int16_limit(f.bits, to.length)) {}
 
-  template <bool ASYM, int R>
-  void fold(const float* a, int stride, const uint8_t* scales, const uint8_t* zeros) {
-    const int reduction = f.reduction;
-    F high[R], product[R];
-    KVTUNER_UNROLL for (int r = 0; r < R; ++r) high[r] = product[r] = f_set(0.f);
-    float* to = x + pending * reduction;
-    later.step();
-    for (int i = 0; i < reduction; i += kLanes) {
-      const F scale = load_half(scales + i * 2), zero = ASYM ? load_int16(zeros + i * 2) : f_set(0.f);
-      KVTUNER_UNROLL for (int r = 0; r < R; ++r) {
-        const F y = f_mul(f_load(a + r * stride + i), scale);
-        f_store(to + r * reduction + i, y);
-        high[r] = f_max(high[r], f_abs(y));
-        if (ASYM) product[r] = f_fma(y, zero, product[r]);
-      }
-    }
-    KVTUNER_UNROLL for (int r = 0; r < R; ++r) most[pending + r] = high[r], extra[pending + r] = product[r];
-    pending += R;
+  // Where the next row may be put.
+  float* place() const { return spare_ + (half_ * kLanes + pending_) * to_.length; }
+
+  // A row, the largest magnitudes in it, and lanes of the sum of its products with zero points.
+  KVTUNER_INLINE void push(const float* row, F most, F product) {
+    row_[half_][pending_] = row, most_[pending_] = most, product_[pending_] = product;
+    if (++pending_ == kLanes) turn();
   }
 
+  // A row times scales.
   template <bool ASYM>
-  void fold_rows(const float* a, int stride, int rows, const uint8_t* scales, const uint8_t* zeros, const Left& to) {
-    for (int r = 0; r < rows;) {
-      const int left = rows - r, room = kLanes - pending, now = left < room ? left : room;
-      const float* from = a + (int64_t)r * stride;
-      switch (now) {
-        case 1: r += 1, fold<ASYM, 1>(from, stride, scales, zeros); break;
-        case 2: r += 2, fold<ASYM, 2>(from, stride, scales, zeros); break;
-        case 3: r += 3, fold<ASYM, 3>(from, stride, scales, zeros); break;
-        default: r += 4, fold<ASYM, 4>(from, stride, scales, zeros);
-      }
-      if (pending == kLanes) finish(to);
+  KVTUNER_INLINE void fold(const float* row, const float* scales, const float* zeros) {
+    float* y = place();
+    F most = f_set(0.f), product = f_set(0.f);
+    for (int i = 0; i < to_.length; i += kLanes) {
+      const F v = f_mul(f_load(row + i), f_load(scales + i));
+      f_store(y + i, v);
+      most = f_max(most, f_abs(v));
+      if (ASYM) product = f_fma(v, f_load(zeros + i), product);
     }
+    push(y, most, product);
   }
 
-  void finish(const Left& to) {
-    if (pending == 0) return;
-    for (int r = pending; r < kLanes; ++r) most[r] = extra[r] = f_set(0.f);
-    const int reduction = f.reduction;
-    const F largest = f_max(f_hmax_each(most), f_set(kSmallest)), limit = f_set(f.limit);
-    const F scale = f_mul(largest, f_set(1.f / f.limit));
-    float inverse[kLanes];
-    f_store(inverse, f_div(limit, largest));
-    f_store(to.scale + done, scale);
-    F offset[kLanes];
-    for (int r = 0; r < pending; ++r) {
-      const F factor = f_set(inverse[r]);
-      const float* row = x + r * reduction;
-      int16_t* element = to.element + (int64_t)(done + r) * reduction;
-      I sum = i_set(0);
-      int i = 0;
-      for (; i + 2 * kLanes <= reduction; i += 2 * kLanes)
-        sum = i_add(sum, store_rounded(element + i, f_load(row + i), f_load(row + i + kLanes), factor));
-      for (; i < reduction; i += kLanes) {
-        const I rounded = to_int(f_mul(f_load(row + i), factor));
-        store_int16(element + i, rounded);
-        sum = i_add(sum, rounded);
-      }
-      offset[r] = to_float(sum);
-    }
-    for (int r = pending; r < kLanes; ++r) offset[r] = f_set(0.f);
-    const F by = f_mul(scale, f_set(-(float)(1 << (f.bits - 1))));
-    f_store(to.extra + done, f_fma(f_hsum_each(offset), by, f.asym ? f_hsum_each(extra) : f_set(0.f)));
-    done += pending;
-    pending = 0;
+  void finish() {
+    if (pending_) turn();
+    round(half_ ^ 1);
   }
+
+ private:
+  void turn() {
+    for (int r = pending_; r < kLanes; ++r) most_[r] = product_[r] = f_set(0.f);
+    const F largest = f_max(f_hmax_each(most_), f_set(kSmallest));
+    f_store(inverse_[half_], f_div(f_set(limit_), largest));
+    f_store(to_.scale + known_, f_mul(largest, f_set(1.f / limit_)));
+    if (f_.asym) f_store(to_.extra + known_, f_hsum_each(product_));
+    half_ ^= 1;
+    round(half_);
+    known_ += pending_;
+    pending_ = 0;
+  }
+
+  void round(int half) {
+    const int count = known_ - done_;
+    if (count == 0) return;
+    F sum[kLanes];
+    for (int r = 0; r < count; ++r) {
+      fetch_.step();
+      int16_t* element = to_.element + (int64_t)(done_ + r) * to_.length;
+      sum[r] = to_float(quantize_row(row_[half][r], to_.length, inverse_[half][r], element));
+    }
+    for (int r = count; r < kLanes; ++r) sum[r] = f_set(0.f);
+    const F by = f_mul(f_load(to_.scale + done_), f_set(-(float)f_.offset()));
+    f_store(to_.extra + done_, f_fma(f_hsum_each(sum), by, f_.asym ? f_load(to_.extra + done_) : f_set(0.f)));
+    done_ = known_;
+  }
+
+  const BlockShape& f_;
+  float* spare_;
+  const Left& to_;
+  Fetch& fetch_;
+  float limit_;
+  F most_[kLanes], product_[kLanes];
+  const float* row_[2][kLanes];
+  float inverse_[2][kLanes];
+  int half_ = 0, pending_ = 0;  // the rows that no factor is known of yet
+  int known_ = 0, done_ = 0;    // rows with factors, and those that are rounded
 };
 
-// Steps of fetching while rows are made ready for `count` blocks.
-inline int fetching_steps(const BlockShape& f, int rows, int count) {
-  return f.bits == 16 || f.reduction_groups ? 0 : count * f.groups * ((rows + 3) / 4);
-}
-
-// Makes rows ready for `count` blocks. For groups along the reduction blocks are not looked at: one serves all that are
-// multiplied by the same rows. Block j takes the rows from a + j * block_step. spare: [kLanes][reduction].
-inline void prepare(const BlockShape& f, const uint8_t* const* blocks, int count, const float* a, int stride,
-                    int block_step, int rows, float* spare, const Left& to, PrefetchRest& later) {
+// Makes rows ready for every one of `count` blocks, copies by block, then group. For groups along the reduction blocks are
+// not looked at, and one copy serves them all. spare: [2][kLanes][reduction].
+inline void prepare(const BlockShape& f, const uint8_t* const* blocks, int count, const float* a, int stride, int rows,
+                    const Parameters& parameters, float* spare, const Left& to) {
   if (f.bits == 16) return;
-  if (f.reduction_groups) {
-    for (int j = 0; j < count; ++j) quantize_reduction_groups(f, a + j * block_step, stride, rows, to.of_block(f, rows, j));
-    return;
-  }
-  Folding folding{f, spare, later};
-  for (int j = 0; j < count; ++j)
-    for (int g = 0; g < f.groups; ++g) {
-      const uint8_t* scales = blocks[j] + f.code_bytes + g * f.reduction * 2;
-      const float* from = a + j * block_step;
-      if (f.asym)
-        folding.fold_rows<true>(from, stride, rows, scales, scales + f.scale_bytes, to);
-      else
-        folding.fold_rows<false>(from, stride, rows, scales, nullptr, to);
-    }
-  folding.finish(to);
+  if (f.reduction_groups) return quantize_rows(f, a, stride, rows, to, 0);
+  parameters.load(f, blocks, count);
+  Fetch none;
+  Folding folding(f, spare, to, none);
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < count; ++j)
+      for (int g = 0; g < f.groups; ++g) {
+        const int at = (g * count + j) * f.reduction;
+        const float* row = a + (int64_t)r * stride;
+        if (f.asym)
+          folding.fold<true>(row, parameters.scale + at, parameters.zero + at);
+        else
+          folding.fold<false>(row, parameters.scale + at, nullptr);
+      }
+  folding.finish();
 }

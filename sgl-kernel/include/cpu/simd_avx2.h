@@ -38,12 +38,6 @@ inline I i_load(const void* p) {
 }
 inline I i_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline I i_and(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
-inline int32_t i_hsum(I x) {
-  const __m256i m = _mm256_add_epi32(x.a, x.b);
-  __m128i n = _mm_add_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
-  n = _mm_add_epi32(n, _mm_shuffle_epi32(n, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(n, _mm_shuffle_epi32(n, 0xb1)));
-}
 template <int N> inline I i_shl(I x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
 template <int N> inline I i_shr16(I x) { return {_mm256_srli_epi16(x.a, N), _mm256_srli_epi16(x.b, N)}; }
 inline I i_dot(I acc, I x, I y) {
@@ -53,6 +47,12 @@ inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b
 inline I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline F as_float(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 inline I as_int(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+inline F f_exponent(F x) { return f_max(x, f_set(-100.f)); }
+inline F f_round(F x) {
+  constexpr int how = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, how), _mm256_round_ps(x.b, how)};
+}
+inline F f_times_exp2(F x, F n) { return as_float(i_add(as_int(x), i_shl<23>(to_int(n)))); }
 inline void store_int16(int16_t* p, I x) {
   // The pack works in 128-bit halves; the permutation puts them in order.
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8));

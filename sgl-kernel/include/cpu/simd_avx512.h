@@ -23,7 +23,6 @@ inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
 inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
-inline int32_t i_hsum(I a) { return _mm512_reduce_add_epi32(a); }
 template <int N> inline I i_shl(I a) { return _mm512_slli_epi32(a, N); }
 template <int N> inline I i_shr16(I a) { return _mm512_srli_epi16(a, N); }
 // The intrinsic, but tied to the accumulator's register: GCC 12 copies it around the loops otherwise.
@@ -35,6 +34,10 @@ inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
 inline F as_float(I a) { return _mm512_castsi512_ps(a); }
 inline I as_int(F a) { return _mm512_castps_si512(a); }
+inline F f_exponent(F x) { return x; }
+inline F f_round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n for a whole n.
+inline F f_times_exp2(F x, F n) { return _mm512_scalef_ps(x, n); }
 inline void store_int16(int16_t* p, I a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }
 inline F load_int16(const void* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
@@ -51,7 +54,7 @@ inline I store_rounded(int16_t* p, F a, F b, F factor) {
   const F rounder = f_set(kRounder);
   const I x = as_int(f_fma(a, factor, rounder)), y = as_int(f_fma(b, factor, rounder));
   _mm512_storeu_si512(p, _mm512_permutex2var_epi16(x, _mm512_load_si512(kLowWords), y));
-  return i_add(i_add(x, y), i_set((int32_t)(0u - 2 * bits_of(kRounder))));
+  return i_add(i_add(x, y), i_set((int32_t)(0u - 2 * kRounderBits)));
 }
 
 // Lane i of the result combines the lanes of x[i].

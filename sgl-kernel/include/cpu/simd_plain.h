@@ -26,7 +26,6 @@ inline I i_set(int32_t x) { I r; KVTUNER_EACH r.v[i] = x; return r; }
 inline I i_load(const void* p) { I r; memcpy(r.v, p, 64); return r; }
 inline I i_add(I a, I b) { KVTUNER_EACH a.v[i] += b.v[i]; return a; }
 inline I i_and(I a, I b) { KVTUNER_EACH a.v[i] &= b.v[i]; return a; }
-inline int32_t i_hsum(I a) { int32_t s = 0; KVTUNER_EACH s += a.v[i]; return s; }
 template <int N> inline I i_shl(I a) { KVTUNER_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << N); return a; }
 // Both 16-bit words shifted right.
 template <int N> inline I i_shr16(I a) {
@@ -43,6 +42,11 @@ inline F to_float(I a) { F r; KVTUNER_EACH r.v[i] = (float)a.v[i]; return r; }
 inline I to_int(F a) { I r; KVTUNER_EACH r.v[i] = (int32_t)round_even(a.v[i]); return r; }
 inline F as_float(I a) { F r; memcpy(r.v, a.v, 64); return r; }
 inline I as_int(F a) { I r; memcpy(r.v, a.v, 64); return r; }
+// x as f_round and f_times_exp2 take it, which need not work below -100.
+inline F f_exponent(F x) { return f_max(x, f_set(-100.f)); }
+inline F f_round(F x) { KVTUNER_EACH x.v[i] = round_even(x.v[i]); return x; }
+// x * 2^n for a whole n.
+inline F f_times_exp2(F x, F n) { return as_float(i_add(as_int(x), i_shl<23>(to_int(n)))); }
 inline void store_int16(int16_t* p, I a) { KVTUNER_EACH p[i] = (int16_t)a.v[i]; }
 // Stores 32 int16, roundings of a * factor and b * factor, and returns the sums of lanes.
 inline I store_rounded(int16_t* p, F a, F b, F factor) {

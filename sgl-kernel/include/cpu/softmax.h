@@ -1,17 +1,16 @@
 // Online softmax of rows of scores, in units of log 2. Included once per body, after a simd_*.h.
 
-// 2^x for x <= 0, relative error 3e-6; below -100 as for -100, next to nothing. The polynomial is for what
-// is left of x beside the nearest whole number, from -1/2 to 1/2.
-inline F f_exp2(F x) {
-  const F rounder = f_set(kRounder);
-  x = f_max(x, f_set(-100.f));
-  const F whole = f_add(x, rounder), f = f_sub(x, f_sub(whole, rounder));
+// 2^x for x <= 0, relative error 3e-6; below -100 next to nothing. The polynomial is for what is left of x beside the
+// nearest whole number, from -1/2 to 1/2.
+KVTUNER_INLINE F f_exp2(F x) {
+  x = f_exponent(x);
+  const F whole = f_round(x), f = f_sub(x, whole);
   F y = f_set(9.570102207e-3f);
   y = f_fma(y, f, f_set(5.591785908e-2f));
   y = f_fma(y, f, f_set(2.402474433e-1f));
   y = f_fma(y, f, f_set(6.931217909e-1f));
   y = f_fma(y, f, f_set(9.999992847e-1f));
-  return as_float(i_add(as_int(y), i_shl<23>(as_int(whole))));
+  return f_times_exp2(y, whole);
 }
 
 struct State {
@@ -23,16 +22,12 @@ struct State {
 
 constexpr float kNothing = -1e30f;
 
-constexpr int kSoftmaxStep = 64;  // scores between two steps of fetching
-
-inline int softmax_steps(int rows, int count) { return rows * ((count + kSoftmaxStep - 1) / kSoftmaxStep); }
-
-// Scores to probabilities relative to the new maximum, in place; the state is rescaled where its maximum rose.
-inline void softmax_row(State& st, int r, float* s, int count, PrefetchRest& later) {
+// The maximum of a row with these scores; the state, and the lanes of its sum, are rescaled where it rose.
+inline F raise_maximum(State& st, int r, const float* s, int count, F& total) {
   F m = f_load(s);
   for (int i = 16; i < count; i += 16) m = f_max(m, f_load(s + i));
   const float most = f_hmax(m);
-  F total = f_load(st.sums + r * kLanes);
+  total = f_load(st.sums + r * kLanes);
   if (most > st.most[r]) {
     float* acc = st.acc + (int64_t)r * st.head_dim;
     const F factor = f_exp2(f_set(st.most[r] - most));
@@ -40,15 +35,28 @@ inline void softmax_row(State& st, int r, float* s, int count, PrefetchRest& lat
     total = f_mul(total, factor);
     st.most[r] = most;
   }
-  const F base = f_set(st.most[r]);
-  for (int i = 0; i < count;) {
-    later.step();
-    const int chunk = count - i < kSoftmaxStep ? count : i + kSoftmaxStep;
-    for (; i < chunk; i += kLanes) {
-      const F p = f_exp2(f_sub(f_load(s + i), base));
+  return f_set(st.most[r]);
+}
+
+// Scores to probabilities relative to the maximum, in place.
+inline void exponentials(float* s, int count, F most, F& total) {
+  usual_count(count, [&](int count) KVTUNER_INLINE_LAMBDA {
+    for (int i = 0; i < count; i += kLanes) {
+      const F p = f_exp2(f_sub(f_load(s + i), most));
       f_store(s + i, p);
       total = f_add(total, p);
     }
+  });
+}
+
+// Scores to probabilities relative to the row's new maximum, in place; the state is brought up to date. Fetches a step for
+// every `chunk` of them.
+inline void softmax_row(State& st, int r, float* s, int count, int chunk, Fetch& fetch) {
+  F total;
+  const F most = raise_maximum(st, r, s, count, total);
+  for (int i = 0; i < count; i += chunk) {
+    fetch.step();
+    exponentials(s + i, count - i < chunk ? count - i : chunk, most, total);
   }
   f_store(st.sums + r * kLanes, total);
 }
