@@ -76,7 +76,8 @@ inline void load_queries(const AttendCall& c, const WorkItem& item, Scratch& s) 
   memset(s.state.acc, 0, sizeof(float) * rows * dim);
 }
 
-inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, int64_t last) {
+// after: what follows the pages, which is fetched with the last ones.
+inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, int64_t last, const TileRows& after) {
   if (item.unit_begin >= last) return;
   const int rows = s.state.rows, dim = c.head_dim, page = c.key.page, stride = s.run * page;
   const int32_t* pages = c.pages + c.sequences[item.sequence].page_begin;
@@ -102,6 +103,7 @@ inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, 
     }
     for (int j = 0; j < next; ++j) next_keys[j] = block_of(c.k_pages, s.key, u + count + j);
     Fetch fetch_values(values, count, s.value.code_lines()), fetch_keys(next_keys, next, s.key.lines());
+    if (next == 0 && rows <= kFewRows) fetch_keys = Fetch(after.key, after.count, after.lines);
 
     const Left queries = s.keys_once() ? s.keys : s.keys.shaped(count * s.key.groups, dim);
     if (!s.keys_once()) prepare(s.key, keys, count, s.page_q, dim, rows, s.key_parameters, s.folded, queries);
@@ -137,17 +139,31 @@ inline void store_result(const AttendCall& c, const WorkItem& item, const State&
   }
 }
 
-void attend(const AttendCall& c, const WorkItem& item, void* memory) {
+inline int64_t tail_begin(const AttendCall& c, const WorkItem& item, int64_t unit) {
+  const int64_t packed_end = c.sequences[item.sequence].packed_end;
+  return packed_end + (unit - packed_end / c.key.page) * kTailTokens;
+}
+
+// The unit of full-precision tokens, as far as the item's queries see it.
+inline TileRows tail_of(const AttendCall& c, const WorkItem& item, int64_t unit) {
   const Sequence& seq = c.sequences[item.sequence];
+  const int64_t begin = tail_begin(c, item, unit), visible = seq.prior + item.token_end;
+  return tail_rows(c, item, begin, begin + kTailTokens < visible ? begin + kTailTokens : visible);
+}
+
+void attend(const AttendCall& c, const WorkItem& item, void* memory) {
   Scratch s(c, (int)(item.token_end - item.token_begin) * c.group, memory);
   load_queries(c, item, s);
-  const int64_t packed = seq.packed_end / c.key.page;
-  attend_pages(c, item, s, item.unit_end < packed ? item.unit_end : packed);
+  const int64_t packed = c.sequences[item.sequence].packed_end / c.key.page;
+  int64_t u = item.unit_begin > packed ? item.unit_begin : packed;
+  const TileRows none(c, 0);
+  TileRows tile = u < item.unit_end ? tail_of(c, item, u) : none;
+  attend_pages(c, item, s, item.unit_end < packed ? item.unit_end : packed, tile);
   if (item.unit_begin == 0 && packed > 0) attend_sinks(c, item, s.q, s.state, s.tail);
-  const int64_t visible_end = seq.prior + item.token_end;
-  for (int64_t u = item.unit_begin > packed ? item.unit_begin : packed; u < item.unit_end; ++u) {
-    const int64_t begin = seq.packed_end + (u - packed) * kTailTokens, end = begin + kTailTokens;
-    attend_tail(c, item, s.q, s.state, s.tail, begin, end < visible_end ? end : visible_end);
+  for (; u < item.unit_end; ++u) {
+    const TileRows next = u + 1 < item.unit_end ? tail_of(c, item, u + 1) : none;
+    attend_tile(c, item, s.q, s.state, tile, tail_begin(c, item, u), s.tail, &next);
+    tile = next;
   }
   store_result(c, item, s.state);
 }

@@ -20,30 +20,32 @@ inline F load_row(const void* row, int i) {
 
 // Rows of the tokens of a tile.
 struct TileRows {
-  const void *key[kTailTokens], *value[kTailTokens];
+  const uint8_t *key[kTailTokens], *value[kTailTokens];
   int count;
+  int lines;  // of a row
+
+  explicit TileRows(const AttendCall& c, int count)
+      : count(count), lines((c.head_dim * size_of(c.k_new.dtype) + kVectorBytes - 1) / kVectorBytes) {}
 };
 
 inline TileRows tail_rows(const AttendCall& c, const WorkItem& item, int64_t begin, int64_t end) {
   const Sequence& s = c.sequences[item.sequence];
-  TileRows tile;
-  tile.count = (int)(end - begin);
+  TileRows tile(c, (int)(end - begin));
   for (int t = 0; t < tile.count; ++t) {
     const bool fresh = s.is_fresh(begin + t);
     const int64_t row = s.row_of(begin + t, c.ring_length);
-    tile.key[t] = (fresh ? c.k_new : c.k_ring).at(row, item.kv_head);
-    tile.value[t] = (fresh ? c.v_new : c.v_ring).at(row, item.kv_head);
+    tile.key[t] = (const uint8_t*)(fresh ? c.k_new : c.k_ring).at(row, item.kv_head);
+    tile.value[t] = (const uint8_t*)(fresh ? c.v_new : c.v_ring).at(row, item.kv_head);
   }
   return tile;
 }
 
 inline TileRows sink_rows(const AttendCall& c, const WorkItem& item, int begin, int end) {
   const int64_t page = c.pages[c.sequences[item.sequence].page_begin];
-  TileRows tile;
-  tile.count = end - begin;
+  TileRows tile(c, end - begin);
   for (int t = begin; t < end; ++t) {
-    tile.key[t - begin] = c.k_sinks.at(page * c.sinks + t, item.kv_head);
-    tile.value[t - begin] = c.v_sinks.at(page * c.sinks + t, item.kv_head);
+    tile.key[t - begin] = (const uint8_t*)c.k_sinks.at(page * c.sinks + t, item.kv_head);
+    tile.value[t - begin] = (const uint8_t*)c.v_sinks.at(page * c.sinks + t, item.kv_head);
   }
   return tile;
 }
@@ -51,28 +53,42 @@ inline TileRows sink_rows(const AttendCall& c, const WorkItem& item, int begin, 
 // Above this many rows of queries a tile is turned, so that tokens are lanes; below, that would not pay.
 constexpr int kFewRows = 8;
 
+// Products with the key of token t, for the lanes to be added up. Its value and the key 16 tokens on are fetched.
+template <Dtype D, int N>
+inline void add_products(const TileRows& tile, int t, const float* q, int rows, int dim, F (*part)[kLanes]) {
+  const int token = t < tile.count ? t : tile.count - 1;
+  fetch_lines(tile.value[token], tile.lines);
+  if (t + kLanes < tile.count) fetch_lines(tile.key[t + kLanes], tile.lines);
+  for (int from = 0; from < dim; from += N * kLanes) {
+    F k[N];
+    KVTUNER_UNROLL for (int n = 0; n < N; ++n) k[n] = load_row<D>(tile.key[token], from + n * kLanes);
+    for (int r = 0; r < rows; ++r) {
+      const float* row = q + r * dim + from;
+      F sum = from ? f_fma(f_load(row), k[0], part[r][t % kLanes]) : f_mul(f_load(row), k[0]);
+      KVTUNER_UNROLL for (int n = 1; n < N; ++n) sum = f_fma(f_load(row + n * kLanes), k[n], sum);
+      part[r][t % kLanes] = sum;
+    }
+  }
+}
+
 template <Dtype D>
 inline void scores_of_few(const TileRows& tile, const float* q, int rows, int dim, float* scores) {
   F part[kFewRows][kLanes];
   for (int from = 0; from < tile.count; from += kLanes) {
-    for (int t = 0; t < kLanes; ++t) {
-      const void* key = tile.key[from + t < tile.count ? from + t : tile.count - 1];
-      for (int r = 0; r < rows; ++r) {
-        F sum = f_mul(f_load(q + r * dim), load_row<D>(key, 0));
-        for (int i = 16; i < dim; i += 16) sum = f_fma(f_load(q + r * dim + i), load_row<D>(key, i), sum);
-        part[r][t] = sum;
-      }
-    }
+    for (int t = from; t < from + kLanes; ++t)
+      dim % (4 * kLanes) ? add_products<D, 1>(tile, t, q, rows, dim, part) : add_products<D, 4>(tile, t, q, rows, dim, part);
     for (int r = 0; r < rows; ++r) f_store(scores + r * kTailTokens + from, f_hsum_each(part[r]));
   }
 }
 
+// next: the tile whose keys are fetched meanwhile, or null.
 template <Dtype D, int R, int N>
-inline void add_values(const TileRows& tile, const float* p, int from, float* acc, int dim) {
+inline void add_values(const TileRows& tile, const float* p, int from, float* acc, int dim, const TileRows* next) {
   F sum[R][N];
   KVTUNER_UNROLL for (int r = 0; r < R; ++r)
     KVTUNER_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = f_load(acc + r * dim + from + n * kLanes);
   for (int t = 0; t < tile.count; ++t) {
+    if (next && t < next->count) fetch_lines(next->key[t], next->lines);
     F v[N];
     KVTUNER_UNROLL for (int n = 0; n < N; ++n) v[n] = load_row<D>(tile.value[t], from + n * kLanes);
     KVTUNER_UNROLL for (int r = 0; r < R; ++r) {
@@ -84,20 +100,19 @@ inline void add_values(const TileRows& tile, const float* p, int from, float* ac
     KVTUNER_UNROLL for (int n = 0; n < N; ++n) f_store(acc + r * dim + from + n * kLanes, sum[r][n]);
 }
 
-template <Dtype D, int R>
-inline void add_values_of_rows(const TileRows& tile, const float* p, float* acc, int dim) {
-  int i = 0;
-  if constexpr (kMaxVectors >= 4)
-    for (; i + 4 * kLanes <= dim; i += 4 * kLanes) add_values<D, R, 4>(tile, p, i, acc, dim);
-  for (; i < dim; i += kLanes) add_values<D, R, 1>(tile, p, i, acc, dim);
-}
-
 template <Dtype D>
-inline void values_of_few(const TileRows& tile, const float* p, int rows, float* acc, int dim) {
-  int r = 0;
-  for (; r + 3 <= rows; r += 3) add_values_of_rows<D, 3>(tile, p + r * kTailTokens, acc + r * dim, dim);
-  for (; r < rows; ++r) add_values_of_rows<D, 1>(tile, p + r * kTailTokens, acc + r * dim, dim);
-}
+struct ValueTiles {
+  const TileRows& tile;
+  const float* p;
+  float* acc;
+  int dim;
+  const TileRows* next;
+
+  template <int R, int N>
+  KVTUNER_INLINE void run(int row, int n) const {
+    add_values<D, R, N>(tile, p + row * kTailTokens, n * kLanes, acc + row * dim, dim, row || n ? nullptr : next);
+  }
+};
 
 // Probabilities of a tile, causal: a query sees the tokens up to its own.
 inline void softmax_tile(const AttendCall& c, const WorkItem& item, State& state, int64_t begin, int count,
@@ -119,10 +134,10 @@ inline void softmax_tile(const AttendCall& c, const WorkItem& item, State& state
 
 template <Dtype D>
 inline void attend_few(const AttendCall& c, const WorkItem& item, const float* q, State& state, const TileRows& tile,
-                       int64_t begin, float* scores) {
+                       int64_t begin, float* scores, const TileRows* next) {
   scores_of_few<D>(tile, q, state.rows, c.head_dim, scores);
   softmax_tile(c, item, state, begin, tile.count, scores);
-  values_of_few<D>(tile, scores, state.rows, state.acc, c.head_dim);
+  cover(state.rows, c.head_dim / kLanes, ValueTiles<D>{tile, scores, state.acc, c.head_dim, next});
 }
 
 struct TailScratch {
@@ -149,19 +164,15 @@ inline void attend_many(const AttendCall& c, const WorkItem& item, const float* 
   cover(rows, dim / kLanes, FloatTiles<32>{sums, none});
 }
 
+// next: the tile that follows, or null.
 inline void attend_tile(const AttendCall& c, const WorkItem& item, const float* q, State& state, const TileRows& tile,
-                        int64_t begin, TailScratch& s) {
+                        int64_t begin, TailScratch& s, const TileRows* next) {
   if (state.rows > kFewRows) return attend_many(c, item, q, state, tile, begin, s);
   switch (c.k_new.dtype) {
-    case Dtype::f32: return attend_few<Dtype::f32>(c, item, q, state, tile, begin, s.scores);
-    case Dtype::bf16: return attend_few<Dtype::bf16>(c, item, q, state, tile, begin, s.scores);
-    case Dtype::f16: return attend_few<Dtype::f16>(c, item, q, state, tile, begin, s.scores);
+    case Dtype::f32: return attend_few<Dtype::f32>(c, item, q, state, tile, begin, s.scores, next);
+    case Dtype::bf16: return attend_few<Dtype::bf16>(c, item, q, state, tile, begin, s.scores, next);
+    case Dtype::f16: return attend_few<Dtype::f16>(c, item, q, state, tile, begin, s.scores, next);
   }
-}
-
-inline void attend_tail(const AttendCall& c, const WorkItem& item, const float* q, State& state, TailScratch& s,
-                        int64_t begin, int64_t end) {
-  attend_tile(c, item, q, state, tail_rows(c, item, begin, end), begin, s);
 }
 
 // A first page's codes of sinks are not looked at ...
@@ -174,6 +185,6 @@ inline void hide_sinks(const AttendCall& c, float* scores, int rows, int stride)
 inline void attend_sinks(const AttendCall& c, const WorkItem& item, const float* q, State& state, TailScratch& s) {
   for (int begin = 0; begin < c.sinks; begin += kTailTokens) {
     const int end = c.sinks - begin < kTailTokens ? c.sinks : begin + kTailTokens;
-    attend_tile(c, item, q, state, sink_rows(c, item, begin, end), begin, s);
+    attend_tile(c, item, q, state, sink_rows(c, item, begin, end), begin, s, nullptr);
   }
 }
