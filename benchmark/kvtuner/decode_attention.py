@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times decode attention over the packed cache, against bfloat16 pages in the same layout and upstream's path.
 
-Every variant is first checked against float32 attention over the same codes. Variants take turns within one run, each on
-buffers that do not fit the caches of the processor together, so that ratios hold on a machine that does other work too;
-medians are printed. Run it with OMP_NUM_THREADS set, and OMP_PROC_BIND=true OMP_PLACES=cores on an idle machine:
+Every variant is first checked against float32 attention over the same codes. Variants and plain reading take turns within
+one run, each on buffers that do not fit the caches of the processor together, so that ratios hold on a machine that does
+other work too; medians are printed. Run it with OMP_NUM_THREADS set, and OMP_PROC_BIND=true OMP_PLACES=cores on an idle machine:
 
     OMP_NUM_THREADS=2 python benchmark/kvtuner/decode_attention.py --gqa 3 --head-dim 64 --context 8192
 """
@@ -38,6 +38,8 @@ class Result:
     """One variant at one shape. seconds, best: median and shortest time of a call. bytes: packed K and V that it reads.
 
     Ratios and bandwidth are of medians; ratio_of_best compares shortest times, which other processes disturb less.
+    fraction_of_page_bandwidth: of that at which the same pages are read in the same order without computing; None where
+    there are no pages.
     """
 
     variant: str
@@ -47,6 +49,7 @@ class Result:
     bytes: int
     bandwidth: float
     fraction_of_read_bandwidth: float
+    fraction_of_page_bandwidth: float | None
     ratio_to_bfloat16: float
     best: float
     ratio_of_best: float
@@ -97,9 +100,17 @@ class Packed:
         self.out = torch.empty_like(shape.q)
         self.turn = 0
 
-    def run(self) -> None:
-        s, (keys, values) = self.shape, self.buffers[self.turn % len(self.buffers)]
+    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that have not been used for longest."""
         self.turn += 1
+        return self.buffers[self.turn % len(self.buffers)]
+
+    def read(self) -> None:
+        s, (keys, values) = self.shape, self.pages()
+        kernels_cpu.module().read_pages(keys, values, s.sequences, s.pages, PAGE)
+
+    def run(self) -> None:
+        s, (keys, values) = self.shape, self.pages()
         kernels_cpu.module().attend(
             s.q, s.k, s.v, s.k_ring, s.v_ring, keys, values, s.no_sinks, s.no_sinks, s.sequences, s.pages, self.formats,
             PAGE, s.scaling, self.out,
@@ -131,6 +142,7 @@ class Upstream:
     """Upstream's attention on the CPU: gather a request's rows by slot, then torch's attention, one request at a time."""
 
     label = "upstream"
+    read = None
 
     def __init__(self, shape: Shape) -> None:
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -153,12 +165,6 @@ class Upstream:
 
     def error(self) -> float:
         return 0.0
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of a plain parallel sum over memory that no cache holds: the best of several."""
-    x = torch.ones(BUFFER_BYTES * 2 // 4, dtype=torch.float32)
-    return max(x.nbytes / _timed(x.sum) for _ in range(15))
 
 
 def _timed(function) -> float:
@@ -189,14 +195,19 @@ def measure(options: argparse.Namespace, context: int, batch: int) -> list[Resul
     for label, error in errors.items():
         if error > TOLERANCE:
             sys.exit(f"{label} is wrong at context {context}, batch {batch}: relative error {error:.2e}")
-    times: dict[str, list[float]] = {v.label: [] for v in variants}
-    bandwidth = read_bandwidth()
+    memory = torch.ones(BUFFER_BYTES * 2 // 4, dtype=torch.float32)
+    calls = {"memory": memory.sum}
     for v in variants:
-        v.run()
+        calls[v.label] = v.run
+        if v.read:
+            calls[f"{v.label} read"] = v.read
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
     for _ in range(options.repeats):
-        for v in variants:
-            times[v.label].append(_timed(v.run))
-    median = {label: statistics.median(t) for label, t in times.items()}
+        for name, call in calls.items():
+            times[name].append(_timed(call))
+    median = {name: statistics.median(t) for name, t in times.items()}
     return [
         Result(
             variant=v.label,
@@ -205,7 +216,8 @@ def measure(options: argparse.Namespace, context: int, batch: int) -> list[Resul
             seconds=median[v.label],
             bytes=v.bytes,
             bandwidth=v.bytes / median[v.label],
-            fraction_of_read_bandwidth=v.bytes / median[v.label] / bandwidth,
+            fraction_of_read_bandwidth=v.bytes / median[v.label] / (memory.nbytes / median["memory"]),
+            fraction_of_page_bandwidth=median[f"{v.label} read"] / median[v.label] if v.read else None,
             ratio_to_bfloat16=median[v.label] / median["bfloat16"],
             best=min(times[v.label]),
             ratio_of_best=min(times[v.label]) / min(times["bfloat16"]),
@@ -250,15 +262,16 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     name, threads = kernels_cpu.module().body_name(), torch.get_num_threads()
     print(f"C++ ({name}), {threads} threads, head_dim {options.head_dim}, {options.kv_heads} KV heads, GQA {options.gqa}")
-    print(f"{'context':>8} {'batch':>5} {'variant':>9} {'us':>10} {'GB/s':>7} {'of read':>7} {'of bf16':>7} {'best us':>10} {'of bf16':>7} {'error':>8}")
+    print(f"{'context':>8} {'batch':>5} {'variant':>9} {'us':>10} {'GB/s':>7} {'of read':>7} {'of pages':>8} {'of bf16':>7} {'best us':>10} {'of bf16':>7} {'error':>8}")
     results = []
     for context in options.context:
         for batch in options.batch:
             for r in measure(options, context, batch):
                 results.append(r)
+                pages = "-" if r.fraction_of_page_bandwidth is None else f"{r.fraction_of_page_bandwidth:.2f}"
                 print(
                     f"{context:8} {batch:5} {r.variant:>9} {r.seconds * 1e6:10.1f} {r.bandwidth / 1e9:7.1f} "
-                    f"{r.fraction_of_read_bandwidth:7.2f} {r.ratio_to_bfloat16:7.2f} {r.best * 1e6:10.1f} "
+                    f"{r.fraction_of_read_bandwidth:7.2f} {pages:>8} {r.ratio_to_bfloat16:7.2f} {r.best * 1e6:10.1f} "
                     f"{r.ratio_of_best:7.2f} {r.error:8.1e}"
                 )
     if options.json:

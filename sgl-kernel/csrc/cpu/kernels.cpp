@@ -16,6 +16,7 @@
 #include <memory>
 #include <string>
 
+#include "read_pages.h"
 #include "schedule.h"
 
 namespace kvtuner {
@@ -272,6 +273,14 @@ void pack_pages(TensorView x, TensorView blocks, int64_t bits, int64_t asym, int
   }
 }
 
+// For benchmarks. pages of `sequences` as in attend().
+int64_t read(TensorView k_pages, TensorView v_pages, TensorView sequences, TensorView pages, int64_t page) {
+  const PageBlocks blocks{{(const uint8_t*)k_pages.data_ptr(), (const uint8_t*)v_pages.data_ptr()},
+                          {k_pages.size(2), v_pages.size(2)}, k_pages.size(1)};
+  return (int64_t)read_pages(blocks, (const Sequence*)sequences.data_ptr(), sequences.size(0),
+                             (const int32_t*)pages.data_ptr(), page);
+}
+
 tvm::ffi::String body_name() { return tvm::ffi::String(body().name); }
 
 }  // namespace
@@ -286,4 +295,5 @@ void store_out(const AttendCall& c, int64_t row, int64_t head, const float* valu
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attend, kvtuner::attend);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(store, kvtuner::store);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_pages, kvtuner::pack_pages);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_pages, kvtuner::read);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(body_name, kvtuner::body_name);

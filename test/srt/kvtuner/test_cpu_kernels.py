@@ -265,3 +265,18 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("SGLANG_KVTUNER_CPU_ISA", "neon")
     with pytest.raises(ValueError, match="neon"):
         kernels_cpu.module().body_name()
+
+
+def test_read_pages_reads_every_block_of_the_step():
+    torch.manual_seed(0)
+    keys, values = torch.randint(256, (9, 2, 64), dtype=torch.uint8), torch.randint(256, (9, 2, 136), dtype=torch.uint8)
+    pages = torch.tensor([7, 2, 5, 8, 1], dtype=torch.int32)
+    sequences = torch.tensor([[0, 0, 1, 130, 128, 0], [1, 1, 1, 30, 0, 2], [2, 2, 1, 200, 192, 2]])
+
+    def checksum(blocks):
+        whole = blocks.shape[-1] // 64 * 64
+        words = blocks[..., :whole].contiguous().view(torch.int64)
+        return words.sum() + blocks[..., whole:].long().sum()
+
+    expected = sum(checksum(x[pages.long()]) for x in (keys, values)).item()
+    assert kernels_cpu.module().read_pages(keys, values, sequences, pages, 64) == expected
