@@ -139,29 +139,17 @@ inline void store_result(const AttendCall& c, const WorkItem& item, const State&
   }
 }
 
-inline int64_t tail_begin(const AttendCall& c, const WorkItem& item, int64_t unit) {
-  const int64_t packed_end = c.sequences[item.sequence].packed_end;
-  return packed_end + (unit - packed_end / c.key.page) * kTailTokens;
-}
-
-// The unit of full-precision tokens, as far as the item's queries see it.
-inline TileRows tail_of(const AttendCall& c, const WorkItem& item, int64_t unit) {
-  const Sequence& seq = c.sequences[item.sequence];
-  const int64_t begin = tail_begin(c, item, unit), visible = seq.prior + item.token_end;
-  return tail_rows(c, item, begin, begin + kTailTokens < visible ? begin + kTailTokens : visible);
-}
-
 void attend(const AttendCall& c, const WorkItem& item, void* memory) {
   Scratch s(c, (int)(item.token_end - item.token_begin) * c.group, memory);
   load_queries(c, item, s);
   const int64_t packed = c.sequences[item.sequence].packed_end / c.key.page;
   int64_t u = item.unit_begin > packed ? item.unit_begin : packed;
   const TileRows none(c, 0);
-  TileRows tile = u < item.unit_end ? tail_of(c, item, u) : none;
+  TileRows tile = u < item.unit_end ? tail_rows(c, item, u) : none;
   attend_pages(c, item, s, item.unit_end < packed ? item.unit_end : packed, tile);
   if (item.unit_begin == 0 && packed > 0) attend_sinks(c, item, s.q, s.state, s.tail);
   for (; u < item.unit_end; ++u) {
-    const TileRows next = u + 1 < item.unit_end ? tail_of(c, item, u + 1) : none;
+    const TileRows next = u + 1 < item.unit_end ? tail_rows(c, item, u + 1) : none;
     attend_tile(c, item, s.q, s.state, tile, tail_begin(c, item, u), s.tail, &next);
     tile = next;
   }

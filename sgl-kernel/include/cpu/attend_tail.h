@@ -28,9 +28,17 @@ struct TileRows {
       : count(count), lines((c.head_dim * size_of(c.k_new.dtype) + kVectorBytes - 1) / kVectorBytes) {}
 };
 
-inline TileRows tail_rows(const AttendCall& c, const WorkItem& item, int64_t begin, int64_t end) {
+// The position of the first token of a unit behind the pages.
+inline int64_t tail_begin(const AttendCall& c, const WorkItem& item, int64_t unit) {
+  const int64_t packed_end = c.sequences[item.sequence].packed_end;
+  return packed_end + (unit - packed_end / c.key.page) * kTailTokens;
+}
+
+// The rows of such a unit, as far as the item's queries see it.
+inline TileRows tail_rows(const AttendCall& c, const WorkItem& item, int64_t unit) {
   const Sequence& s = c.sequences[item.sequence];
-  TileRows tile(c, (int)(end - begin));
+  const int64_t begin = tail_begin(c, item, unit), left = s.prior + item.token_end - begin;
+  TileRows tile(c, (int)(left < kTailTokens ? left : kTailTokens));
   for (int t = 0; t < tile.count; ++t) {
     const bool fresh = s.is_fresh(begin + t);
     const int64_t row = s.row_of(begin + t, c.ring_length);

@@ -131,19 +131,29 @@ class Folding {
   Folding(const BlockShape& f, float* spare, const Left& to, Fetch& fetch)
       : f_(f), spare_(spare), to_(to), fetch_(fetch), limit_(int16_limit(f.bits, to.length)) {}
 
-  // Where the next row may be put.
-  float* place() const { return spare_ + (half_ * kLanes + pending_) * to_.length; }
-
   // A row, the largest magnitudes in it, and lanes of the sum of its products with zero points.
   KVTUNER_INLINE void push(const float* row, F most, F product) {
     row_[half_][pending_] = row, most_[pending_] = most, product_[pending_] = product;
     if (++pending_ == kLanes) turn();
   }
 
-  // A row times scales.
+  // A row times the scales from `at` on.
+  void fold(const float* row, const Parameters& parameters, int at) {
+    if (f_.asym)
+      fold<true>(row, parameters.scale + at, parameters.zero + at);
+    else
+      fold<false>(row, parameters.scale + at, nullptr);
+  }
+
+  void finish() {
+    if (pending_) turn();
+    round(half_ ^ 1);
+  }
+
+ private:
   template <bool ASYM>
   KVTUNER_INLINE void fold(const float* row, const float* scales, const float* zeros) {
-    float* y = place();
+    float* y = spare_ + (half_ * kLanes + pending_) * to_.length;
     F most = f_set(0.f), product = f_set(0.f);
     for (int i = 0; i < to_.length; i += kLanes) {
       const F v = f_mul(f_load(row + i), f_load(scales + i));
@@ -154,12 +164,6 @@ class Folding {
     push(y, most, product);
   }
 
-  void finish() {
-    if (pending_) turn();
-    round(half_ ^ 1);
-  }
-
- private:
   void turn() {
     for (int r = pending_; r < kLanes; ++r) most_[r] = product_[r] = f_set(0.f);
     const F largest = f_max(f_hmax_each(most_), f_set(kSmallest));
@@ -210,13 +214,7 @@ inline void prepare(const BlockShape& f, const uint8_t* const* blocks, int count
   Folding folding(f, spare, to, none);
   for (int r = 0; r < rows; ++r)
     for (int j = 0; j < count; ++j)
-      for (int g = 0; g < f.groups; ++g) {
-        const int at = (g * count + j) * f.reduction;
-        const float* row = a + (int64_t)r * stride;
-        if (f.asym)
-          folding.fold<true>(row, parameters.scale + at, parameters.zero + at);
-        else
-          folding.fold<false>(row, parameters.scale + at, nullptr);
-      }
+      for (int g = 0; g < f.groups; ++g)
+        folding.fold(a + (int64_t)r * stride, parameters, (g * count + j) * f.reduction);
   folding.finish();
 }

@@ -53,13 +53,7 @@ inline void weigh(State& st, const BlockShape& f, const uint8_t* const* blocks, 
   for (int r = 0; r < st.rows; ++r) {
     float* row = scores + (int64_t)r * stride;
     softmax_row(st, r, row, count * page, page, soon);
-    for (int g = 0; f.lane_groups() && g < f.groups; ++g) {
-      const int at = g * count * page;
-      if (f.asym)
-        folding.fold<true>(row, parameters.scale + at, parameters.zero + at);
-      else
-        folding.fold<false>(row, parameters.scale + at, nullptr);
-    }
+    for (int g = 0; f.lane_groups() && g < f.groups; ++g) folding.fold(row, parameters, g * count * page);
   }
   if (f.lane_groups()) return folding.finish();
   for (int j = 0; f.bits != 16 && j < count; ++j) quantize_rows(f, scores + j * page, stride, st.rows, to, j);
