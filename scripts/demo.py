@@ -48,7 +48,9 @@ def main(arguments=None):
 
 def _options(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="checkpoint folder (default: SmolLM2-135M-Instruct, made on first use)")
+    parser.add_argument(
+        "--model", type=Path, help="checkpoint folder (default: SmolLM2-135M-Instruct, made on first use)"
+    )
     parser.add_argument("--port", type=int, help="port to serve on (default: a free one)")
     log_path = ROOT / ".cache" / "logs" / "demo.log"
     parser.add_argument("--log", type=Path, default=log_path, help="the server's log (default: %(default)s)")

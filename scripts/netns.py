@@ -77,9 +77,7 @@ def joined_pair():
     """
     if shutil.which("ip") is None:
         raise NamespaceError("`ip` is not installed (package iproute2)")
-    pair = tuple(
-        Namespace(f"sglang-{os.getpid()}-node{number}", address) for number, address in enumerate(ADDRESSES)
-    )
+    pair = tuple(Namespace(f"sglang-{os.getpid()}-node{number}", address) for number, address in enumerate(ADDRESSES))
     made = []
     try:
         for namespace in pair:

@@ -4,6 +4,7 @@ The demo and the tests share this. A server runs in a session of its own with a 
 own; only its own processes are ever ended. Traffic stays on the loopback interface.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -194,10 +195,8 @@ class Server:
             return
         if grace and self.alive():
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace)
-            except subprocess.TimeoutExpired:
-                pass
         _end(self._members())
         self._process.wait()
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -226,10 +225,8 @@ def _end(processes):
         if patience:
             _, group = psutil.wait_procs(group, timeout=patience)
         for process in group:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         psutil.wait_procs(group, timeout=10.0)
 
 

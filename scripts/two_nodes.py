@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import make_random_llama
@@ -75,10 +75,8 @@ class Node(Server):
         """As :meth:`serverctl.Server.stop`; also ends what left the server's session, which stays in the namespace."""
         super().stop(grace)
         for pid in self.namespace.pids():
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def exit_status(self):
         """The exit status of the server's main process, negative for a signal, or None while it runs."""

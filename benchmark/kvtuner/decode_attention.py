@@ -231,7 +231,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="the device whose kernels to time (cpu)")
     parser.add_argument("--bits-key", type=int, nargs="+", default=[4, 8, 2], choices=STORED_BITS, metavar="BITS")
-    parser.add_argument("--bits-value", type=int, nargs="+", choices=STORED_BITS, metavar="BITS", help="as many; default: the keys'")
+    parser.add_argument(
+        "--bits-value", type=int, nargs="+", choices=STORED_BITS, metavar="BITS", help="as many; default: the keys'"
+    )
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--gqa", type=int, default=3, help="query heads of a KV head")
     parser.add_argument("--kv-heads", type=int, default=3)
@@ -243,7 +245,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--axis-value", type=int, default=0, choices=(0, 1))
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--residual-length", type=int, default=128)
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of q, k, v and rings")
+    parser.add_argument(
+        "--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="of q, k, v and rings"
+    )
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--no-upstream", dest="upstream", action="store_false", help="leave out upstream's path (slow)")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
@@ -261,8 +265,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.manual_seed(0)
     name, threads = kernels_cpu.module().body_name(), torch.get_num_threads()
-    print(f"C++ ({name}), {threads} threads, head_dim {options.head_dim}, {options.kv_heads} KV heads, GQA {options.gqa}")
-    print(f"{'context':>8} {'batch':>5} {'variant':>9} {'us':>10} {'GB/s':>7} {'of read':>7} {'of pages':>8} {'of bf16':>7} {'best us':>10} {'of bf16':>7} {'error':>8}")
+    print(
+        f"C++ ({name}), {threads} threads, head_dim {options.head_dim}, {options.kv_heads} KV heads, GQA {options.gqa}"
+    )
+    print(
+        f"{'context':>8} {'batch':>5} {'variant':>9} {'us':>10} {'GB/s':>7} {'of read':>7} {'of pages':>8} {'of bf16':>7} {'best us':>10} {'of bf16':>7} {'error':>8}"
+    )
     results = []
     for context in options.context:
         for batch in options.batch:
@@ -277,7 +285,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json:
         settings = SimpleNamespace(**vars(options) | {"dtype": str(options.dtype)})
         with open(options.json, "w") as file:
-            json.dump({"settings": vars(settings), "body": name, "threads": threads, "results": [asdict(r) for r in results]}, file, indent=1)
+            json.dump(
+                {"settings": vars(settings), "body": name, "threads": threads, "results": [asdict(r) for r in results]},
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

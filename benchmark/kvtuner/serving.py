@@ -78,7 +78,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model-path", required=True, metavar="PATH", help="checkpoint (make model makes a small one)")
-    add("--scenario", nargs="+", default=DEFAULT_SCENARIOS, metavar="SPEC", help=f"default: {' '.join(DEFAULT_SCENARIOS)}")
+    add(
+        "--scenario",
+        nargs="+",
+        default=DEFAULT_SCENARIOS,
+        metavar="SPEC",
+        help=f"default: {' '.join(DEFAULT_SCENARIOS)}",
+    )
     add("--rounds", type=positive, default=1, help="start both servers that often, in alternating order (1)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--dtype", default="bfloat16", help="of model and unquantized cache (bfloat16)")
@@ -152,7 +158,12 @@ def client_command(url: str, options: argparse.Namespace, load: Scenario, flush:
     command += ["--model", options.model_path, "--tokenizer", options.model_path, "--seed", "1"]
     command += ["--dataset-name", "random-ids", "--tokenize-prompt", "--random-range-ratio", "1.0"]
     command += ["--num-prompts", str(load.batch), "--random-input-len", str(load.prompt)]
-    command += ["--random-output-len", str(load.output), "--extra-request-body", json.dumps({"sampling_params": sampling})]
+    command += [
+        "--random-output-len",
+        str(load.output),
+        "--extra-request-body",
+        json.dumps({"sampling_params": sampling}),
+    ]
     command += ["--warmup-requests", "0", "--disable-tqdm", "--cache-report", "--output-details"]
     return [*command, "--output-file", str(output), *(["--flush-cache"] if flush else [])]
 

@@ -39,7 +39,8 @@ constexpr float kHalfStep = 5.9604644775390625e-08f;  // 2^-24, the smallest pos
 constexpr float kHalfMax = 65504.f;
 
 // bits: 2, 4, 8, or 16 for bfloat16. axis: 0 groups along head_dim, 1 along tokens. token_lanes: true for keys.
-// hadamard: rows are rotated in blocks of that many channels before they are quantized (cpu/hadamard.h); 0: they are not.
+// hadamard: rows are rotated in blocks of that many channels before they are quantized (cpu/hadamard.h); 0: they are
+// not.
 struct BlockFormat {
   int bits;
   int asym;
@@ -78,7 +79,8 @@ struct BlockFormat {
   KVTUNER_HD constexpr int byte_of(int token, int channel) const {
     const int r = token_lanes ? channel : token, l = token_lanes ? token : channel;
     const int plane = r % span() / 2;
-    return (r / span() * (lanes() / kLanes) + l / kLanes) * kVectorBytes + l % kLanes * 4 + r % 2 * 2 + plane * bits / 8;
+    return (r / span() * (lanes() / kLanes) + l / kLanes) * kVectorBytes + l % kLanes * 4 + r % 2 * 2 +
+           plane * bits / 8;
   }
   KVTUNER_HD constexpr int shift_of(int token, int channel) const {
     return (token_lanes ? channel : token) % span() / 2 * bits % 8;
@@ -104,8 +106,8 @@ KVTUNER_HD inline float float_of(uint32_t u) {
   return x;
 }
 
-// 1.5 * 2^23: added to x with |x| below 2^22 it rounds x to the nearest whole number, ties to even, which is then in the
-// low bits of the sum.
+// 1.5 * 2^23: added to x with |x| below 2^22 it rounds x to the nearest whole number, ties to even, which is then in
+// the low bits of the sum.
 constexpr float kRounder = 12582912.f;
 constexpr uint32_t kRounderBits = 0x4b400000;
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 import serving
 import serving_report
 from serving_report import Comparison, Figures, Scenario

@@ -3,8 +3,9 @@
 import subprocess
 import sys
 
-import demo
 import pytest
+
+import demo
 from serverctl import ROOT
 
 CACHE = {

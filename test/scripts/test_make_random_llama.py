@@ -1,8 +1,9 @@
 """The small random checkpoints."""
 
-import make_random_llama
 import pytest
 import torch
+
+import make_random_llama
 from make_random_llama import Shape, make
 
 TINY = Shape(layers=1, heads=2, kv_heads=1, head_dim=8, hidden=16, intermediate=16, vocab=300)

@@ -1,8 +1,9 @@
 """The checkpoint made from the packaged GGUF file."""
 
-import make_smollm2
 import pytest
 import torch
+
+import make_smollm2
 from make_smollm2 import unpermute
 
 

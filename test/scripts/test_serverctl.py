@@ -6,6 +6,7 @@ import time
 
 import psutil
 import pytest
+
 from serverctl import ROOT, Server, ServerError, server_environment
 
 # Starts a child that ignores SIGTERM, says its process id, and serves: /health, an error, and what it was sent.
@@ -72,9 +73,7 @@ def test_an_http_error_shows_the_answer_and_the_log(tmp_path):
             server.request("/nothing")
 
 
-@pytest.mark.parametrize(
-    "ending, how", [("sys.exit(3)", "exit status 3"), ("os.kill(os.getpid(), 9)", "signal 9")]
-)
+@pytest.mark.parametrize("ending, how", [("sys.exit(3)", "exit status 3"), ("os.kill(os.getpid(), 9)", "signal 9")])
 def test_an_early_end_is_told_with_the_log(tmp_path, ending, how):
     with stand_in(tmp_path, f"import os, sys; print('cannot go on', flush=True); {ending}") as server:
         with pytest.raises(ServerError, match=f"(?s)the server ended with {how} .*cannot go on"):

@@ -8,9 +8,10 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "python" / "upstream")]
 
+from synthetic import Fork  # noqa: E402
+
 from backend import fetch, hooks, wheel  # noqa: E402
 from backend.pin import Pin  # noqa: E402
-from synthetic import Fork  # noqa: E402
 
 VARIABLES = (fetch.WHEEL, fetch.FIND_LINKS, fetch.CACHE, "SOURCE_DATE_EPOCH")
 

@@ -7,9 +7,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+from packaging.tags import sys_tags
+
 from backend import fetch
 from backend.pin import ROOT, Pin
-from packaging.tags import sys_tags
 
 TAG = next(tag for tag in sys_tags() if tag.platform.startswith("manylinux"))
 

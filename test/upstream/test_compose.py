@@ -1,10 +1,11 @@
 """Composing the tree, own files, and the maintainer's commands."""
 
 import pytest
+from synthetic import EDIT, UPSTREAM
+
 from backend import edits, own, review
 from backend.errors import ForkError
 from backend.pin import Pin
-from synthetic import EDIT, UPSTREAM
 
 
 def test_the_real_edits_apply_to_the_real_pin(tree):

@@ -1,9 +1,10 @@
 """The format of edits, and recording fingerprints in them."""
 
 import pytest
+from synthetic import EDIT
+
 from backend import edits
 from backend.errors import ForkError
-from synthetic import EDIT
 
 
 def write(root, *tables, file="greet.py"):

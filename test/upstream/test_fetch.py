@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from packaging.tags import Tag
+from synthetic import TAG
+
 from backend import fetch
 from backend.errors import ForkError
 from backend.pin import Pin
-from packaging.tags import Tag
-from synthetic import TAG
 
 NAME = f"sglang-1.2.3-{TAG}.whl"
 OTHER = "sglang-1.2.3-cp399-cp399-manylinux_2_34_x86_64.whl"

@@ -1,6 +1,7 @@
 """The edit engine: finding a place in small sources and inserting there."""
 
 import pytest
+
 from backend.edits import Edit
 from backend.errors import ForkError
 from backend.splice import NOTICE, Source

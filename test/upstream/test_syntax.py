@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+
 from backend.syntax import canonical, find_scopes, fingerprint
 
 
@@ -49,5 +50,21 @@ def test_a_fingerprint_is_the_same_on_every_python():
 
 
 def test_different_trees_differ():
-    texts = "a b a.b a(b) a[b] None 'None' 1 1.0 True b'1' {**a} [a] (a,) f'{a}'".split()
+    texts = [
+        "a",
+        "b",
+        "a.b",
+        "a(b)",
+        "a[b]",
+        "None",
+        "'None'",
+        "1",
+        "1.0",
+        "True",
+        "b'1'",
+        "{**a}",
+        "[a]",
+        "(a,)",
+        "f'{a}'",
+    ]
     assert len({canonical(ast.parse(text)) for text in texts}) == len(texts)

@@ -7,10 +7,11 @@ import io
 import zipfile
 
 import pytest
+from packaging.utils import parse_wheel_filename
+
 from backend import edits, fetch, hooks, own
 from backend.pin import ROOT, Pin
 from backend.splice import NOTICE
-from packaging.utils import parse_wheel_filename
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,7 @@ def test_equal_sources_give_equal_bytes(fork, tmp_path, epoch):
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "epoch, moment", [(None, (1980, 1, 1)), ("1700000000", (2023, 11, 14)), ("0", (1980, 1, 1))]
-)
+@pytest.mark.parametrize("epoch, moment", [(None, (1980, 1, 1)), ("1700000000", (2023, 11, 14)), ("0", (1980, 1, 1))])
 def test_file_times_follow_source_date_epoch(fork, tmp_path, epoch, moment):
     fork.hook("build_wheel", tmp_path / "out", **({"SOURCE_DATE_EPOCH": epoch} if epoch else {}))
     (path,) = (tmp_path / "out").iterdir()

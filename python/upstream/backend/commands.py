@@ -6,8 +6,8 @@ import difflib
 import tempfile
 from pathlib import Path
 
-from . import edits, fetch, own, releases, review, wheel
 from . import compose as composing
+from . import edits, fetch, own, releases, review, wheel
 from .errors import ForkError
 from .pin import PIN, ROOT, Pin
 

@@ -8,8 +8,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 from packaging.tags import Tag, sys_tags
 from packaging.utils import parse_wheel_filename

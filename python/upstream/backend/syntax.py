@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from typing import Iterator
+from collections.abc import Iterator
 
 from .errors import ForkError
 

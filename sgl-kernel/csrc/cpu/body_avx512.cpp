@@ -13,8 +13,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-// With its general tuning GCC 12 keeps what general registers have no room for in vector registers, where it waits behind
-// all vector instructions: tiles take up to a tenth longer.
+// With its general tuning GCC 12 keeps what general registers have no room for in vector registers, where it waits
+// behind all vector instructions: tiles take up to a tenth longer.
 #pragma GCC push_options
 #pragma GCC target("tune=skylake-avx512,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2")
 
@@ -51,8 +51,9 @@ namespace avx512 {
 namespace kvtuner {
 namespace {
 bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 }  // namespace
 

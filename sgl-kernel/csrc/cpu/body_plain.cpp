@@ -39,9 +39,7 @@ namespace plain {
 
 namespace kvtuner {
 namespace {
-bool supported() {
-  return true;
-}
+bool supported() { return true; }
 }  // namespace
 
 const Body kPlainBody{"plain", supported, plain::scratch_bytes, plain::attend, plain::pack, plain::load_rows};

@@ -102,8 +102,9 @@ Cache read_cache(TensorView k_new, TensorView v_new, TensorView k_ring, TensorVi
   c.kv_heads = (int)k_new.size(1), c.head_dim = (int)k_new.size(2), c.ring_length = k_ring.size(1);
   KVTUNER_CHECK(v_new.size(2) == c.head_dim && k_ring.size(3) == c.head_dim && v_ring.size(3) == c.head_dim,
                 "K and V need one head_dim");
-  KVTUNER_CHECK(k_ring.stride(0) == c.ring_length * k_ring.stride(1) && v_ring.stride(0) == c.ring_length * v_ring.stride(1),
-                "rings must be contiguous");
+  KVTUNER_CHECK(
+      k_ring.stride(0) == c.ring_length * k_ring.stride(1) && v_ring.stride(0) == c.ring_length * v_ring.stride(1),
+      "rings must be contiguous");
   c.k_sinks = rows_of(k_sinks), c.v_sinks = rows_of(v_sinks), c.sinks = (int)k_sinks.size(1);
   for (const RowSource* s : {&c.v_new, &c.k_ring, &c.v_ring, &c.k_sinks, &c.v_sinks})
     KVTUNER_CHECK(s->dtype == c.k_new.dtype, "keys, values, rings and sinks need one dtype");
@@ -118,10 +119,12 @@ Cache read_cache(TensorView k_new, TensorView v_new, TensorView k_ring, TensorVi
   c.value = {(int)f[5], (int)f[6], (int)f[7], (int)f[8], (int)page, dim, 0, (int)f[9]};
   check_format(c.key), check_format(c.value);
   KVTUNER_CHECK(c.value.hadamard == 0, "only keys are rotated");
-  KVTUNER_CHECK(k_pages.size(1) == c.kv_heads && k_pages.size(2) == c.key.block_bytes(), "key pages have another format");
+  KVTUNER_CHECK(k_pages.size(1) == c.kv_heads && k_pages.size(2) == c.key.block_bytes(),
+                "key pages have another format");
   KVTUNER_CHECK(v_pages.size(1) == c.kv_heads && v_pages.size(2) == c.value.block_bytes(),
                 "value pages have another format");
-  KVTUNER_CHECK(sequences.ndim() == 2 && sequences.size(1) * sizeof(int64_t) == sizeof(Sequence), "sequences are [n, 6]");
+  KVTUNER_CHECK(sequences.ndim() == 2 && sequences.size(1) * sizeof(int64_t) == sizeof(Sequence),
+                "sequences are [n, 6]");
   c.k_pages = (uint8_t*)k_pages.data_ptr(), c.v_pages = (uint8_t*)v_pages.data_ptr();
   c.sequences = (const Sequence*)sequences.data_ptr(), c.count = sequences.size(0);
   c.pages = (const int32_t*)pages.data_ptr();
@@ -150,14 +153,32 @@ void merge(const AttendCall& c, const WorkItem* items, int count) {
 void attend(TensorView q, TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_ring, TensorView k_pages,
             TensorView v_pages, TensorView k_sinks, TensorView v_sinks, TensorView sequences, TensorView pages,
             TensorView formats, int64_t page, double scaling, TensorView out) {
-  const Cache cache = read_cache(k_new, v_new, k_ring, v_ring, k_pages, v_pages, k_sinks, v_sinks, sequences, pages,
-                                 formats, page);
+  const Cache cache =
+      read_cache(k_new, v_new, k_ring, v_ring, k_pages, v_pages, k_sinks, v_sinks, sequences, pages, formats, page);
   KVTUNER_CHECK(q.size(1) % cache.kv_heads == 0 && q.size(2) == cache.head_dim, "q does not fit K");
   KVTUNER_CHECK(out.stride(2) == 1 && dtype_of(out) == dtype_of(q), "out does not fit q");
-  const AttendCall c{rows_of(q), cache.k_new, cache.v_new, cache.k_ring, cache.v_ring, out.data_ptr(), out.stride(0),
-                     out.stride(1), cache.k_pages, cache.v_pages, cache.key, cache.value, cache.sequences, cache.pages,
-                     cache.ring_length, cache.kv_heads, (int)(q.size(1) / cache.kv_heads), cache.head_dim,
-                     (float)scaling, cache.k_sinks, cache.v_sinks, cache.sinks};
+  const AttendCall c{rows_of(q),
+                     cache.k_new,
+                     cache.v_new,
+                     cache.k_ring,
+                     cache.v_ring,
+                     out.data_ptr(),
+                     out.stride(0),
+                     out.stride(1),
+                     cache.k_pages,
+                     cache.v_pages,
+                     cache.key,
+                     cache.value,
+                     cache.sequences,
+                     cache.pages,
+                     cache.ring_length,
+                     cache.kv_heads,
+                     (int)(q.size(1) / cache.kv_heads),
+                     cache.head_dim,
+                     (float)scaling,
+                     cache.k_sinks,
+                     cache.v_sinks,
+                     cache.sinks};
   const Body& b = body();
   const int threads = omp_get_max_threads();
   Schedule plan = make_schedule(c, cache.count, threads);
@@ -195,8 +216,8 @@ struct PackTask {
 void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_ring, TensorView k_pages,
            TensorView v_pages, TensorView k_sinks, TensorView v_sinks, TensorView sequences, TensorView pages,
            TensorView formats, int64_t page) {
-  const Cache c = read_cache(k_new, v_new, k_ring, v_ring, k_pages, v_pages, k_sinks, v_sinks, sequences, pages,
-                             formats, page);
+  const Cache c =
+      read_cache(k_new, v_new, k_ring, v_ring, k_pages, v_pages, k_sinks, v_sinks, sequences, pages, formats, page);
   const Body& b = body();
   const int dim = c.head_dim;
   std::vector<PackTask> tasks;
@@ -220,7 +241,8 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
       const RowSource& from = s.is_fresh(position) ? fresh : ring;
       const char* source = from.at(s.row_of(position, c.ring_length), head);
       b.load_rows(from.dtype, source, dim, rows.data() + t * dim);
-      if (position < c.sinks) std::memcpy((char*)sinks.at(id * c.sinks + position, head), source, dim * size_of(from.dtype));
+      if (position < c.sinks)
+        std::memcpy((char*)sinks.at(id * c.sinks + position, head), source, dim * size_of(from.dtype));
     }
     b.pack(f, rows.data(), (value ? c.v_pages : c.k_pages) + (id * c.kv_heads + head) * f.block_bytes(), codes.data());
   };
@@ -254,7 +276,7 @@ void store(TensorView k_new, TensorView v_new, TensorView k_ring, TensorView v_r
 // x: [pages, page, head_dim] to blocks uint8 [pages, block_bytes]. bits 16 packs bfloat16.
 void pack_pages(TensorView x, TensorView blocks, int64_t bits, int64_t asym, int64_t axis, int64_t group,
                 int64_t token_lanes, int64_t hadamard) {
-  const BlockFormat f{(int)bits,       (int)asym,      (int)axis,        (int)group,
+  const BlockFormat f{(int)bits,      (int)asym,      (int)axis,        (int)group,
                       (int)x.size(1), (int)x.size(2), (int)token_lanes, (int)hadamard};
   check_format(f);
   KVTUNER_CHECK(blocks.size(1) == f.block_bytes() && blocks.size(0) == x.size(0), "blocks have another format");
@@ -267,7 +289,8 @@ void pack_pages(TensorView x, TensorView blocks, int64_t bits, int64_t asym, int
     std::vector<uint8_t> codes(f.page * f.head_dim);
 #pragma omp for
     for (int64_t i = 0; i < x.size(0); ++i) {
-      b.load_rows(dtype, (const char*)x.data_ptr() + i * x.stride(0) * size_of(dtype), (int64_t)rows.size(), rows.data());
+      b.load_rows(dtype, (const char*)x.data_ptr() + i * x.stride(0) * size_of(dtype), (int64_t)rows.size(),
+                  rows.data());
       b.pack(f, rows.data(), (uint8_t*)blocks.data_ptr() + i * f.block_bytes(), codes.data());
     }
   }
@@ -276,7 +299,8 @@ void pack_pages(TensorView x, TensorView blocks, int64_t bits, int64_t asym, int
 // For benchmarks. pages of `sequences` as in attend().
 int64_t read(TensorView k_pages, TensorView v_pages, TensorView sequences, TensorView pages, int64_t page) {
   const PageBlocks blocks{{(const uint8_t*)k_pages.data_ptr(), (const uint8_t*)v_pages.data_ptr()},
-                          {k_pages.size(2), v_pages.size(2)}, k_pages.size(1)};
+                          {k_pages.size(2), v_pages.size(2)},
+                          k_pages.size(1)};
   return (int64_t)read_pages(blocks, (const Sequence*)sequences.data_ptr(), sequences.size(0),
                              (const int32_t*)pages.data_ptr(), page);
 }

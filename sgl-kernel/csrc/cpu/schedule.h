@@ -21,7 +21,7 @@ constexpr int64_t kSerialCost = 400;
 struct Schedule {
   int threads = 1;
   std::vector<WorkItem> items;
-  std::vector<int> first;        // per merge: its first item; the items of a merge are neighbours
+  std::vector<int> first;  // per merge: its first item; the items of a merge are neighbours
   std::vector<int> count;
   int64_t partial_rows = 0;
 };

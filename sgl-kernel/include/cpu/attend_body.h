@@ -2,8 +2,8 @@
 // per body, last.
 
 // Pages whose scores are computed before their values are read: what a page waits for (maxima, roundings) is waited for
-// once, and the sums of values leave the registers once. With many rows there is work enough in one. The blocks of a run,
-// fetched ahead of use, must not push each other out of the first-level cache.
+// once, and the sums of values leave the registers once. With many rows there is work enough in one. The blocks of a
+// run, fetched ahead of use, must not push each other out of the first-level cache.
 constexpr int kRunPages = 4;
 constexpr int kRunRows = 16;
 constexpr int kRunBytes = 36 << 10;
@@ -26,8 +26,7 @@ struct Scratch {
   int run;
   int64_t bytes;
 
-  Scratch(const AttendCall& c, int rows, void* memory)
-      : key(c.key), value(c.value), run(run_pages(c, rows)) {
+  Scratch(const AttendCall& c, int rows, void* memory) : key(c.key), value(c.value), run(run_pages(c, rows)) {
     Carver carve{(char*)memory};
     const int dim = c.head_dim, page = c.key.page, tokens = page * run > kTailTokens ? page * run : kTailTokens;
     q = carve.take<float>(rows * dim);
@@ -109,11 +108,12 @@ inline void attend_pages(const AttendCall& c, const WorkItem& item, Scratch& s, 
     if (!s.keys_once()) prepare(s.key, keys, count, s.page_q, dim, rows, s.key_parameters, s.folded, queries);
     fetch_values.pace(fetch_values.left() - fetch_values.left() / kRestShare, count * s.key.steps(rows));
     for (int j = 0; j < count; ++j)
-      multiply(s.key, keys + j, 1, s.page_q, dim, queries, s.keys_once() ? 0 : j * s.key.groups, rows, s.scores + j * page,
-               stride, false, fetch_values);
+      multiply(s.key, keys + j, 1, s.page_q, dim, queries, s.keys_once() ? 0 : j * s.key.groups, rows,
+               s.scores + j * page, stride, false, fetch_values);
     if (u == 0) hide_sinks(c, s.scores, rows, stride);
 
-    const Left weights = s.value.lane_groups() ? s.values.shaped(s.value.groups, count * page) : s.values.shaped(count, page);
+    const Left weights =
+        s.value.lane_groups() ? s.values.shaped(s.value.groups, count * page) : s.values.shaped(count, page);
     fetch_values.pace(fetch_values.left(), soon_steps(rows, count));
     fetch_keys.pace(fetch_keys.left() / kRestShare, later_steps(s.value, rows));
     weigh(s.state, s.value, values, count, s.scores, stride, s.value_parameters, s.folded, weights, fetch_values,

@@ -84,7 +84,8 @@ inline void scores_of_few(const TileRows& tile, const float* q, int rows, int di
   F part[kFewRows][kLanes];
   for (int from = 0; from < tile.count; from += kLanes) {
     for (int t = from; t < from + kLanes; ++t)
-      dim % (4 * kLanes) ? add_products<D, 1>(tile, t, q, rows, dim, part) : add_products<D, 4>(tile, t, q, rows, dim, part);
+      dim % (4 * kLanes) ? add_products<D, 1>(tile, t, q, rows, dim, part)
+                         : add_products<D, 4>(tile, t, q, rows, dim, part);
     for (int r = 0; r < rows; ++r) f_store(scores + r * kTailTokens + from, f_hsum_each(part[r]));
   }
 }
@@ -93,8 +94,8 @@ inline void scores_of_few(const TileRows& tile, const float* q, int rows, int di
 template <Dtype D, int R, int N>
 inline void add_values(const TileRows& tile, const float* p, int from, float* acc, int dim, const TileRows* next) {
   F sum[R][N];
-  KVTUNER_UNROLL for (int r = 0; r < R; ++r)
-    KVTUNER_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = f_load(acc + r * dim + from + n * kLanes);
+  KVTUNER_UNROLL for (int r = 0; r < R; ++r) KVTUNER_UNROLL for (int n = 0; n < N; ++n) sum[r][n] =
+      f_load(acc + r * dim + from + n * kLanes);
   for (int t = 0; t < tile.count; ++t) {
     if (next && t < next->count) fetch_lines(next->key[t], next->lines);
     F v[N];
@@ -104,8 +105,8 @@ inline void add_values(const TileRows& tile, const float* p, int from, float* ac
       KVTUNER_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = f_fma(weight, v[n], sum[r][n]);
     }
   }
-  KVTUNER_UNROLL for (int r = 0; r < R; ++r)
-    KVTUNER_UNROLL for (int n = 0; n < N; ++n) f_store(acc + r * dim + from + n * kLanes, sum[r][n]);
+  KVTUNER_UNROLL for (int r = 0; r < R; ++r) KVTUNER_UNROLL for (int n = 0; n < N; ++n)
+      f_store(acc + r * dim + from + n * kLanes, sum[r][n]);
 }
 
 template <Dtype D>
@@ -161,8 +162,7 @@ inline void attend_many(const AttendCall& c, const WorkItem& item, const float* 
   }
   memset(s.rows + tile.count * dim, 0, sizeof(float) * (kTailTokens - tile.count) * dim);
   for (int t = 0; t < kTailTokens; t += 16)
-    for (int i = 0; i < dim; i += 16)
-      transpose16(s.rows + t * dim + i, dim, s.keys + i * kTailTokens + t, kTailTokens);
+    for (int i = 0; i < dim; i += 16) transpose16(s.rows + t * dim + i, dim, s.keys + i * kTailTokens + t, kTailTokens);
   Fetch none;
   const uint8_t *key_rows = (const uint8_t*)s.keys, *value_rows = (const uint8_t*)s.values;
   const FloatProduct scores{&key_rows, 1, kTailTokens * 4, dim, q, dim, s.scores, kTailTokens, false};
@@ -177,9 +177,12 @@ inline void attend_tile(const AttendCall& c, const WorkItem& item, const float* 
                         int64_t begin, TailScratch& s, const TileRows* next) {
   if (state.rows > kFewRows) return attend_many(c, item, q, state, tile, begin, s);
   switch (c.k_new.dtype) {
-    case Dtype::f32: return attend_few<Dtype::f32>(c, item, q, state, tile, begin, s.scores, next);
-    case Dtype::bf16: return attend_few<Dtype::bf16>(c, item, q, state, tile, begin, s.scores, next);
-    case Dtype::f16: return attend_few<Dtype::f16>(c, item, q, state, tile, begin, s.scores, next);
+    case Dtype::f32:
+      return attend_few<Dtype::f32>(c, item, q, state, tile, begin, s.scores, next);
+    case Dtype::bf16:
+      return attend_few<Dtype::bf16>(c, item, q, state, tile, begin, s.scores, next);
+    case Dtype::f16:
+      return attend_few<Dtype::f16>(c, item, q, state, tile, begin, s.scores, next);
   }
 }
 

@@ -1,32 +1,33 @@
-// Tiles of out[rows][lanes] (+)= a[rows][reduction] * x[reduction][lanes], x in packed blocks that are never dequantized;
-// of several blocks the reductions follow one another. Included once per body, after tile_loops.h.
+// Tiles of out[rows][lanes] (+)= a[rows][reduction] * x[reduction][lanes], x in packed blocks that are never
+// dequantized; of several blocks the reductions follow one another. Included once per body, after tile_loops.h.
 //
 // Rows of `a` are int16 with a scale of their own (relative error about 2^-16, where int8 would cost 1e-2 and bfloat16
 // 4e-3); products with codes accumulate exactly in int32.
 
-// Rows times codes, with what is to be done with the sums. Scales along the lanes: lane_scale * (row_scale * (sum + row_sum)
+// Rows times codes, with what is to be done with the sums. Scales along the lanes: lane_scale * (row_scale * (sum +
+// row_sum)
 // + lane_zero * row_exact). Else: row_scale * sum + row_extra.
 //
-// Tiles take what they need from one such struct by row and vector of lanes: structs that are copied or changed on the way
-// cost a third of a tile.
+// Tiles take what they need from one such struct by row and vector of lanes: structs that are copied or changed on the
+// way cost a third of a tile.
 struct CodeProduct {
   const uint8_t* const* blocks;
   int count;
-  int64_t offset;             // of the codes in a block
-  int step, vectors;          // bytes between a block's vectors along the reduction; how many of them
+  int64_t offset;     // of the codes in a block
+  int step, vectors;  // bytes between a block's vectors along the reduction; how many of them
   const int16_t* a;
   int64_t a_stride;
-  const float* row_scale;     // [rows], step scale_stride
-  const float* row_extra;     // [rows], step scale_stride
+  const float* row_scale;  // [rows], step scale_stride
+  const float* row_extra;  // [rows], step scale_stride
   int scale_stride;
-  const int32_t* row_sum;     // [rows], step sum_stride: what the codes' offset adds
-  const float* row_exact;     // [rows], step sum_stride: sums of the floats
+  const int32_t* row_sum;  // [rows], step sum_stride: what the codes' offset adds
+  const float* row_exact;  // [rows], step sum_stride: sums of the floats
   int sum_stride;
   const uint8_t* lane_scale;  // float16 [lanes]
   const uint8_t* lane_zero;   // int16 [lanes] or null
   float* out;
   int out_stride;
-  bool accumulate;            // add to out, or replace it
+  bool accumulate;  // add to out, or replace it
 };
 
 template <int BITS, bool LANE_SCALES, int R, int N>
@@ -112,9 +113,8 @@ KVTUNER_TILE void float_tile(const FloatProduct& p, int row, int lane_vector, Fe
   const float* a = p.a + (int64_t)row * p.a_stride;
   float* out = p.out + (int64_t)row * p.out_stride + lane_vector * kLanes;
   F acc[R][N];
-  KVTUNER_UNROLL for (int r = 0; r < R; ++r)
-    KVTUNER_UNROLL for (int n = 0; n < N; ++n)
-      acc[r][n] = p.accumulate ? f_load(out + (int64_t)r * p.out_stride + n * kLanes) : f_set(0.f);
+  KVTUNER_UNROLL for (int r = 0; r < R; ++r) KVTUNER_UNROLL for (int n = 0; n < N; ++n) acc[r][n] =
+      p.accumulate ? f_load(out + (int64_t)r * p.out_stride + n * kLanes) : f_set(0.f);
   for (int block = 0; block < p.count; ++block) {
     const uint8_t* from = p.blocks[block] + lane_vector * kVectorBytes;
     for (int v = p.vectors; v; --v, from += p.step, a += planes) {
@@ -132,8 +132,8 @@ KVTUNER_TILE void float_tile(const FloatProduct& p, int row, int lane_vector, Fe
       }
     }
   }
-  KVTUNER_UNROLL for (int r = 0; r < R; ++r)
-    KVTUNER_UNROLL for (int n = 0; n < N; ++n) f_store(out + (int64_t)r * p.out_stride + n * kLanes, acc[r][n]);
+  KVTUNER_UNROLL for (int r = 0; r < R; ++r) KVTUNER_UNROLL for (int n = 0; n < N; ++n)
+      f_store(out + (int64_t)r * p.out_stride + n * kLanes, acc[r][n]);
 }
 
 template <int BITS, bool LANE_SCALES>
@@ -141,7 +141,9 @@ struct CodeTiles {
   const CodeProduct& product;
   Fetch& fetch;
   template <int R, int N>
-  KVTUNER_INLINE void run(int row, int n) const { code_tile<BITS, LANE_SCALES, R, N>(product, row, n, fetch); }
+  KVTUNER_INLINE void run(int row, int n) const {
+    code_tile<BITS, LANE_SCALES, R, N>(product, row, n, fetch);
+  }
 };
 
 template <int BITS>
@@ -149,7 +151,9 @@ struct FloatTiles {
   const FloatProduct& product;
   Fetch& fetch;
   template <int R, int N>
-  KVTUNER_INLINE void run(int row, int n) const { float_tile<BITS, R, N>(product, row, n, fetch); }
+  KVTUNER_INLINE void run(int row, int n) const {
+    float_tile<BITS, R, N>(product, row, n, fetch);
+  }
 };
 
 // Calls tile.run<R, N>(row, vector) until R rows x `vectors` are covered.
@@ -169,11 +173,20 @@ KVTUNER_INLINE void cover(int rows, int vectors, const Tile& tile) {
     // The last two tiles are of about the same height.
     const int left = rows - row, now = left <= kMaxRows ? left : left >= 2 * kMaxRows ? kMaxRows : (left + 1) / 2;
     switch (now) {
-      case 1: cover_vectors<1>(row, vectors, tile); break;
-      case 2: cover_vectors<2>(row, vectors, tile); break;
-      case 3: cover_vectors<3>(row, vectors, tile); break;
-      case 4: cover_vectors<4>(row, vectors, tile); break;
-      default: if constexpr (kMaxRows > 4) cover_vectors<5>(row, vectors, tile);
+      case 1:
+        cover_vectors<1>(row, vectors, tile);
+        break;
+      case 2:
+        cover_vectors<2>(row, vectors, tile);
+        break;
+      case 3:
+        cover_vectors<3>(row, vectors, tile);
+        break;
+      case 4:
+        cover_vectors<4>(row, vectors, tile);
+        break;
+      default:
+        if constexpr (kMaxRows > 4) cover_vectors<5>(row, vectors, tile);
     }
     row += now;
   }

@@ -1,5 +1,5 @@
-// Rows made ready for products with packed blocks: int16, with the scales folded in that lie along the reduction. Included
-// once per body, after block_product.h.
+// Rows made ready for products with packed blocks: int16, with the scales folded in that lie along the reduction.
+// Included once per body, after block_product.h.
 //
 // Groups along the lanes have a scale per element of the reduction: it is folded into the rows, anew for each group of
 // each block, and zero points and the codes' offset add one term per row. Groups along the reduction have a scale per
@@ -20,9 +20,18 @@ struct BlockShape {
   int vectors, group_vectors;  // of the reduction, and of a group along it
 
   explicit BlockShape(const BlockFormat& f)
-      : bits(f.bits), group(f.group), lanes(f.lanes()), reduction(f.reduction()), groups(f.bits == 16 ? 1 : f.groups()),
-        asym(f.asym), reduction_groups(f.reduction_groups()), code_bytes(f.code_bytes()), scale_bytes(f.scale_bytes()),
-        bytes(f.block_bytes()), step(lanes / kLanes * kVectorBytes), vectors(reduction / f.span()),
+      : bits(f.bits),
+        group(f.group),
+        lanes(f.lanes()),
+        reduction(f.reduction()),
+        groups(f.bits == 16 ? 1 : f.groups()),
+        asym(f.asym),
+        reduction_groups(f.reduction_groups()),
+        code_bytes(f.code_bytes()),
+        scale_bytes(f.scale_bytes()),
+        bytes(f.block_bytes()),
+        step(lanes / kLanes * kVectorBytes),
+        vectors(reduction / f.span()),
         group_vectors(group / f.span()) {}
 
   bool lane_groups() const { return bits != 16 && !reduction_groups; }
@@ -49,9 +58,13 @@ struct Left {
   template <class Carve>
   static Left carve(Carve& memory, const BlockShape& f, int rows, int copies, int length) {
     const int all = copies * rows, sums = f.reduction_groups ? all * f.groups : 0;
-    return {memory.template take<int16_t>((int64_t)all * length), memory.template take<float>(all + kLanes),
-            memory.template take<float>(all + kLanes), memory.template take<int32_t>(sums),
-            memory.template take<float>(sums), copies, length};
+    return {memory.template take<int16_t>((int64_t)all * length),
+            memory.template take<float>(all + kLanes),
+            memory.template take<float>(all + kLanes),
+            memory.template take<int32_t>(sums),
+            memory.template take<float>(sums),
+            copies,
+            length};
   }
 
   Left shaped(int copies, int length) const {
@@ -74,7 +87,8 @@ struct Parameters {
   void load(const BlockShape& f, const uint8_t* const* blocks, int count) const {
     for (int j = 0; j < count; ++j)
       for (int g = 0; g < f.groups; ++g) {
-        const uint8_t *scales = blocks[j] + f.code_bytes + g * f.reduction * kParameterBytes, *zeros = scales + f.scale_bytes;
+        const uint8_t *scales = blocks[j] + f.code_bytes + g * f.reduction * kParameterBytes,
+                      *zeros = scales + f.scale_bytes;
         const int at = (g * count + j) * f.reduction;
         for (int i = 0; i < f.reduction; i += kLanes) f_store(scale + at + i, load_half(scales + i * kParameterBytes));
         for (int i = 0; f.asym && i < f.reduction; i += kLanes)
@@ -203,8 +217,8 @@ class Folding {
   int known_ = 0, done_ = 0;    // rows with factors, and those that are rounded
 };
 
-// Makes rows ready for every one of `count` blocks, copies by block, then group. For groups along the reduction blocks are
-// not looked at, and one copy serves them all. spare: [2][kLanes][reduction].
+// Makes rows ready for every one of `count` blocks, copies by block, then group. For groups along the reduction blocks
+// are not looked at, and one copy serves them all. spare: [2][kLanes][reduction].
 inline void prepare(const BlockShape& f, const uint8_t* const* blocks, int count, const float* a, int stride, int rows,
                     const Parameters& parameters, float* spare, const Left& to) {
   if (f.bits == 16) return;

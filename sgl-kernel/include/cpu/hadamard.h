@@ -3,8 +3,8 @@
 //
 // The reference in torch is hadamard.py; both add in the same order, so that packed bytes are equal.
 
-// Sends the sum and the difference of the pair (2 i, 2 i + 1) to i and i + half: the pairs are neighbours in every pass,
-// and all passes together bring each element back to its place.
+// Sends the sum and the difference of the pair (2 i, 2 i + 1) to i and i + half: the pairs are neighbours in every
+// pass, and all passes together bring each element back to its place.
 inline void hadamard_pass(const float* __restrict__ from, float* __restrict__ to, int half) {
   for (int i = 0; i < half; ++i) {
     to[i] = from[2 * i] + from[2 * i + 1];

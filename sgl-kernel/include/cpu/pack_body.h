@@ -9,7 +9,8 @@ inline void pack_bf16(const BlockFormat& f, const float* x, uint8_t* block) {
     }
 }
 
-inline void code_rows_per_token(const BlockFormat& f, const float* x, uint16_t* scales, int16_t* zeros, uint8_t* codes) {
+inline void code_rows_per_token(const BlockFormat& f, const float* x, uint16_t* scales, int16_t* zeros,
+                                uint8_t* codes) {
   const int offset = f.offset();
   for (int t = 0; t < f.page; ++t)
     for (int g = 0; g < f.groups(); ++g) {

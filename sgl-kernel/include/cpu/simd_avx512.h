@@ -23,8 +23,14 @@ inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
 inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
-template <int N> inline I i_shl(I a) { return _mm512_slli_epi32(a, N); }
-template <int N> inline I i_shr16(I a) { return _mm512_srli_epi16(a, N); }
+template <int N>
+inline I i_shl(I a) {
+  return _mm512_slli_epi32(a, N);
+}
+template <int N>
+inline I i_shr16(I a) {
+  return _mm512_srli_epi16(a, N);
+}
 // The intrinsic, but tied to the accumulator's register: GCC 12 copies it around the loops otherwise.
 inline I i_dot(I acc, I a, I b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));

@@ -49,8 +49,8 @@ inline void exponentials(float* s, int count, F most, F& total) {
   });
 }
 
-// Scores to probabilities relative to the row's new maximum, in place; the state is brought up to date. Fetches a step for
-// every `chunk` of them.
+// Scores to probabilities relative to the row's new maximum, in place; the state is brought up to date. Fetches a step
+// for every `chunk` of them.
 inline void softmax_row(State& st, int r, float* s, int count, int chunk, Fetch& fetch) {
   F total;
   const F most = raise_maximum(st, r, s, count, total);

@@ -3,7 +3,8 @@
 // Loops over accumulators must be unrolled for them to stay in registers.
 #define KVTUNER_UNROLL _Pragma("GCC unroll 16")
 
-// A tile is a function of its own; what chooses it is not, since structs that are copied on the way cost a third of a tile.
+// A tile is a function of its own; what chooses it is not, since structs that are copied on the way cost a third of a
+// tile.
 #define KVTUNER_INLINE __attribute__((always_inline)) inline
 #define KVTUNER_TILE __attribute__((noinline))
 
@@ -22,7 +23,8 @@ class Fetch {
  public:
   Fetch() : Fetch(nullptr, 0, 0) {}
   // The first `lines` of each block.
-  Fetch(const uint8_t* const* block, int blocks, int lines) : block_(block), blocks_(lines ? blocks : 0), lines_(lines) {}
+  Fetch(const uint8_t* const* block, int blocks, int lines)
+      : block_(block), blocks_(lines ? blocks : 0), lines_(lines) {}
 
   int left() const { return blocks_ * lines_ - line_; }
 

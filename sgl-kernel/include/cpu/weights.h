@@ -4,8 +4,8 @@
 // A page of scores to probabilities times its scales, in place. total: lanes of the sum of probabilities; largest,
 // product: of what becomes of them, and of its products with zero points.
 template <bool ASYM>
-KVTUNER_INLINE void fold_page(float* s, int count, F most, const float* scales, const float* zeros, F& total, F& largest,
-                              F& product) {
+KVTUNER_INLINE void fold_page(float* s, int count, F most, const float* scales, const float* zeros, F& total,
+                              F& largest, F& product) {
   for (int i = 0; i < count; i += kLanes) {
     const F p = f_exp2(f_sub(f_load(s + i), most));
     const F v = f_mul(p, f_load(scales + i));
@@ -28,8 +28,8 @@ inline void fold_scores(State& st, int page, int count, float* scores, int strid
       fetch.step();
       const int at = j * page;
       usual_count(page, [&](int tokens) KVTUNER_INLINE_LAMBDA {
-        fold_page<ASYM>(row + at, tokens, most, parameters.scale + at, ASYM ? parameters.zero + at : nullptr, total, largest,
-                        product);
+        fold_page<ASYM>(row + at, tokens, most, parameters.scale + at, ASYM ? parameters.zero + at : nullptr, total,
+                        largest, product);
       });
     }
     f_store(st.sums + r * kLanes, total);
@@ -38,8 +38,8 @@ inline void fold_scores(State& st, int page, int count, float* scores, int strid
   folding.finish();
 }
 
-// Scores [rows][stride] of `count` pages to what the values of those pages are multiplied by: probabilities relative to the
-// maximum, in place, or where a page has scales for its tokens, the rows of `to`. The state is brought up to date.
+// Scores [rows][stride] of `count` pages to what the values of those pages are multiplied by: probabilities relative to
+// the maximum, in place, or where a page has scales for its tokens, the rows of `to`. The state is brought up to date.
 // spare: [2][kLanes][length of to]. soon, later: what is fetched meanwhile, in soon_steps() and later_steps().
 inline void weigh(State& st, const BlockShape& f, const uint8_t* const* blocks, int count, float* scores, int stride,
                   const Parameters& parameters, float* spare, const Left& to, Fetch& soon, Fetch& later) {

@@ -114,7 +114,7 @@ def _ancestors(parents):
 
 def _links(parents):
     """First child of each node and next sibling of each node, -1 where there is none."""
-    batch, nodes = parents.shape
+    _, nodes = parents.shape
     children = torch.arange(nodes)
     is_child = (children > 0) & (parents != _ORPHAN)
     none = nodes

@@ -96,7 +96,9 @@ def test_what_does_not_fill_vectors_is_stored_row_by_row():
 
 
 UNQUANTIZED = [
-    TensorFormat.unquantized(page, head_dim, lanes) for page, head_dim in [(64, 64), (32, 80)] for lanes in (False, True)
+    TensorFormat.unquantized(page, head_dim, lanes)
+    for page, head_dim in [(64, 64), (32, 80)]
+    for lanes in (False, True)
 ]
 
 

@@ -7,9 +7,10 @@ import math
 import os
 from types import SimpleNamespace
 
-import harness
 import pytest
 import torch
+
+import harness
 from harness.fake_quant import Recipe, window_logprobs
 from harness.text import prose_tokens, windows
 from harness.upstream import unpack_upstream
@@ -33,7 +34,7 @@ RECIPES = {
     "KV4 K rotated": (KV4_ROTATED, 0.05),
 }
 
-IMPORT_LOGGER = '''
+IMPORT_LOGGER = """
 import os, sys
 class Logger:
     def find_spec(self, name, path=None, target=None):
@@ -41,7 +42,7 @@ class Logger:
             with open(os.environ["KVTUNER_IMPORT_LOG"], "a") as log:
                 log.write(name + "\\n")
 sys.meta_path.insert(0, Logger())
-'''
+"""
 
 
 def greedy_prompts(checkpoint):

@@ -10,12 +10,12 @@ import re
 import threading
 import urllib.request
 
-import netns
 import pytest
-from serverctl import has_cuda
-from two_nodes import PORT, QUANTIZED, SHARED_MACHINE, TwoNodes, wait_until_ended
 
 import harness
+import netns
+from serverctl import has_cuda
+from two_nodes import PORT, QUANTIZED, SHARED_MACHINE, TwoNodes, wait_until_ended
 
 pytestmark = pytest.mark.server
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from sglang.srt.kvtuner.quantizer import PER_CHANNEL, STORED_BITS
 
@@ -44,7 +44,7 @@ class KVTunerConfig:
     residual_length: int = 128
     sink_length: int = 0
     hadamard_key: bool = False
-    preset: Optional[str] = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("--kvtuner-nbits-key", self.nbits_key, STORED_BITS)

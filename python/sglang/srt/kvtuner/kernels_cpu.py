@@ -84,7 +84,7 @@ class CpuKernels:
 
 def unsupported(fmt: TensorFormat) -> str | None:
     """Why the kernels cannot read blocks of ``fmt``, or None."""
-    lanes, reduction = (fmt.page_size, fmt.head_dim) if fmt.token_lanes else (fmt.head_dim, fmt.page_size)
+    reduction = fmt.head_dim if fmt.token_lanes else fmt.page_size
     if not tiled(fmt) or reduction % 16:
         return f"pages of {fmt.page_size} tokens and heads of {fmt.head_dim} do not both divide by 16"
     group_along_reduction = (fmt.axis == 0) == fmt.token_lanes

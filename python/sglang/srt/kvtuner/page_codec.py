@@ -37,9 +37,7 @@ def encode_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
         return _pack_values(x.to(torch.bfloat16), fmt)
     if fmt.hadamard:
         x = rotate(x, fmt.hadamard)
-    q = quantize(
-        x, nbits=fmt.nbits, asym=fmt.asym, axis=fmt.axis, group_size=fmt.group_size, scale_dtype=SCALE_DTYPE
-    )
+    q = quantize(x, nbits=fmt.nbits, asym=fmt.asym, axis=fmt.axis, group_size=fmt.group_size, scale_dtype=SCALE_DTYPE)
     parts = [_pack_codes(q.codes, fmt), _as_bytes(q.scale, fmt)]
     if q.zero is not None:
         parts.append(_as_bytes(q.zero.to(ZERO_DTYPE), fmt))
@@ -55,9 +53,7 @@ def decode_pages(blocks: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     return rotate(x, fmt.hadamard) if fmt.hadamard else x
 
 
-def split_blocks(
-    blocks: torch.Tensor, fmt: TensorFormat
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def split_blocks(blocks: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes int8 [..., page_size, head_dim], scales float16 and zero points int16 (None when symmetric) of
     quantized blocks."""
     widths = [fmt.code_bytes, fmt.scale_bytes, fmt.zero_bytes]
@@ -93,7 +89,7 @@ def _pack_codes(codes: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
 def _unpack_codes(code_bytes: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     if not tiled(fmt):
         return unpack(code_bytes.unflatten(-1, (fmt.page_size, -1)), fmt.nbits)
-    lanes, reduction = _lanes_and_reduction(fmt)
+    _, reduction = _lanes_and_reduction(fmt)
     x = unpack(code_bytes.unflatten(-1, (reduction * fmt.nbits // 32, -1)), fmt.nbits)
     x = x.unflatten(-1, (8 // fmt.nbits, -1, LANES, 2, 2))
     n = x.dim() - 6

@@ -13,7 +13,6 @@ section 3, the per-token and per-channel round-to-nearest quantizers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
@@ -45,16 +44,16 @@ class QuantizedTensor:
 
     codes: torch.Tensor
     scale: torch.Tensor
-    zero: Optional[torch.Tensor]
+    zero: torch.Tensor | None
     nbits: int
     axis: int
     group_size: int
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``(codes + zero) * scale`` computed in float32 and cast to ``dtype``; shape of ``codes``."""
-        return dequantize_groups(
-            self.codes, self.scale, self.zero, axis=self.axis, group_size=self.group_size
-        ).to(dtype)
+        return dequantize_groups(self.codes, self.scale, self.zero, axis=self.axis, group_size=self.group_size).to(
+            dtype
+        )
 
 
 def quantize(
@@ -80,9 +79,7 @@ def quantize(
     dim = group_dimension(axis)
     group = x.shape[dim] if group_size == -1 else group_size
     if group <= 0 or x.shape[dim] % group:
-        raise ValueError(
-            f"group_size {group_size} does not divide the {x.shape[dim]} elements that axis {axis} groups"
-        )
+        raise ValueError(f"group_size {group_size} does not divide the {x.shape[dim]} elements that axis {axis} groups")
     q_min, q_max = code_range(nbits)
     values = x.float()
     grouped = values.unflatten(dim, (-1, group))
@@ -113,7 +110,7 @@ def quantize(
 
 
 def dequantize_groups(
-    codes: torch.Tensor, scale: torch.Tensor, zero: Optional[torch.Tensor], *, axis: int, group_size: int
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, *, axis: int, group_size: int
 ) -> torch.Tensor:
     """float32 ``(codes + zero) * scale`` of codes [..., tokens, head_dim] with scale and zero as in
     :class:`QuantizedTensor`."""

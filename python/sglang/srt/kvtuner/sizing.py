@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from sglang.srt.kvtuner.config import KVTunerConfigError
 from sglang.srt.kvtuner.plan import CachePlan
@@ -81,7 +81,7 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         self._kvc = kvc
         self._plan = plan_of(kvc)
         self._costs = costs_of(kvc, self._plan)
-        self._requests: Optional[int] = None
+        self._requests: int | None = None
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
         """Tokens and ring requests for a budget in bytes.
@@ -132,7 +132,7 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         self._log(config)
         return config
 
-    def _requested_requests(self) -> Optional[int]:
+    def _requested_requests(self) -> int | None:
         from sglang.srt.runtime_context import get_schedule
 
         requested = get_schedule().max_running_requests

@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
+
 from harness import fake_quant
 from serverctl import device_flags, server_environment
-
 from sglang.srt.kvtuner.preset import load_preset
 from sglang.srt.kvtuner.preset_header import read_header
 from sglang.srt.kvtuner.tuner.recipe import average_bits
@@ -35,9 +35,28 @@ metric_list:
 """
 CAPITALS = dict(
     line.split()
-    for line in "France Paris,Japan Tokyo,Italy Rome,Germany Berlin,Spain Madrid,Russia Moscow,China Beijing,"
-    "Egypt Cairo,Greece Athens,Austria Vienna,Poland Warsaw,Ireland Dublin,Norway Oslo,Cuba Havana,Peru Lima,"
-    "Portugal Lisbon,Kenya Nairobi,Hungary Budapest,Thailand Bangkok,Iran Tehran".split(",")
+    for line in [
+        "France Paris",
+        "Japan Tokyo",
+        "Italy Rome",
+        "Germany Berlin",
+        "Spain Madrid",
+        "Russia Moscow",
+        "China Beijing",
+        "Egypt Cairo",
+        "Greece Athens",
+        "Austria Vienna",
+        "Poland Warsaw",
+        "Ireland Dublin",
+        "Norway Oslo",
+        "Cuba Havana",
+        "Peru Lima",
+        "Portugal Lisbon",
+        "Kenya Nairobi",
+        "Hungary Budapest",
+        "Thailand Bangkok",
+        "Iran Tehran",
+    ]
 )
 
 

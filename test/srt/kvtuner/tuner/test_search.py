@@ -27,7 +27,7 @@ SETTINGS = SearchSettings(max_bits=4.0, groups=LAYERS, trials=25, population=6, 
 
 
 def loss(mix):
-    return sum((i + 1) * 2.0 ** -pair.key + 2.0 ** -(pair.value + 1) for i, pair in enumerate(mix)) + (
+    return sum((i + 1) * 2.0**-pair.key + 2.0 ** -(pair.value + 1) for i, pair in enumerate(mix)) + (
         0.01 * sum(a != b for a, b in itertools.pairwise(mix))
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Optional
+from typing import Any
 
 import msgspec
 
@@ -73,6 +73,6 @@ class KVTuner(msgspec.Struct):
         _switch("Rotate keys by a Hadamard matrix before they are quantized."),
     ] = False
     kvtuner_config: A[
-        Optional[str],
+        str | None,
         "Per-layer bits from a KVTuner YAML preset; overrides --kvtuner-nbits-key and --kvtuner-nbits-value.",
     ] = None

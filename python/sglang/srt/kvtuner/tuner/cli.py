@@ -92,7 +92,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kvtuner-axis-value", type=int, default=0, help="as the server's (default: 0)")
     parser.add_argument("--kvtuner-q-group-size", type=int, default=64, help="as the server's (default: 64)")
     parser.add_argument(
-        "--kvtuner-hadamard-key", type=_boolean, nargs="?", const=True, default=False, help="as the server's (default: false)"
+        "--kvtuner-hadamard-key",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="as the server's (default: false)",
     )
     parser.add_argument("--kvtuner-sink-length", type=int, default=0, help="as the server's (default: 0)")
     parser.add_argument(

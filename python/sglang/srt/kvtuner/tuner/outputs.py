@@ -11,7 +11,6 @@ from sglang.srt.kvtuner.preset import LayerBits
 from sglang.srt.kvtuner.preset_header import format_header
 from sglang.srt.kvtuner.tuner.score import Quality
 
-
 QUALITY_HEAD = ("KL", "perplexity", "top-1 agreement")
 
 

@@ -70,9 +70,7 @@ class PlanMaker:
 
     def plan(self, mix: tuple[LayerBits, ...]) -> CachePlan:
         """The plan whose layer i has the pair ``mix[i]``."""
-        return replace(
-            self._uniform[mix[0]], layers=tuple(self._uniform[pair].layers[i] for i, pair in enumerate(mix))
-        )
+        return replace(self._uniform[mix[0]], layers=tuple(self._uniform[pair].layers[i] for i, pair in enumerate(mix)))
 
     def stored_bits(self, mix: tuple[LayerBits, ...]) -> float:
         """Stored bits per element, scales and zero points included, the mean of K and V over layers."""

@@ -96,7 +96,7 @@ def read_source(flag: str, source: str) -> str:
 
 
 def _read_dataset(flag: str, source: str) -> str:
-    name, config, split = (source.split(":") + ["", ""])[:3]
+    name, config, split = [*source.split(":"), "", ""][:3]
     try:
         import datasets
 
