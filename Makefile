@@ -43,5 +43,5 @@ test: setup
 	$(RUN) -m pytest -ra $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) .cache build dist .pytest_cache sgl-kernel/build sgl-kernel/python/*.egg-info
+	rm -rf $(VENV) .cache build dist .pytest_cache sgl-kernel/portable/build sgl-kernel/portable/*.egg-info
 	find scripts test python sgl-kernel -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,13 +21,13 @@ from pathlib import Path
 from machine import has_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL = ROOT / "sgl-kernel"
+KERNEL = ROOT / "sgl-kernel" / "portable"
 
 # Dependencies come from these: what the pinned release asks for, and what the kernel package does.
-CLOSURE_INPUTS = ("python/upstream/pin.toml", "pyproject.toml", "sgl-kernel/pyproject.toml")
+CLOSURE_INPUTS = ("python/upstream/pin.toml", "pyproject.toml", "sgl-kernel/portable/pyproject.toml")
 # What the wheels are made from, beside the above.
 FORK_INPUTS = ("pyproject.toml", "python", "sgl-kernel/include", "sgl-kernel/csrc")
-KERNEL_INPUTS = ("sgl-kernel/pyproject.toml", "sgl-kernel/README.md", "sgl-kernel/python")
+KERNEL_INPUTS = ("sgl-kernel/portable",)
 
 # For the tests, and for the tuner, which upstream's dependencies do not cover.
 TOOLS = ("pytest", "optuna", "matplotlib")

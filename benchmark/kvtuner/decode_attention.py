@@ -20,12 +20,13 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang.srt.kvtuner import huge_pages, kernels_cpu
-from sglang.srt.kvtuner.backend import attend
-from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
-from sglang.srt.kvtuner.hadamard import block_size
-from sglang.srt.kvtuner.page_codec import decode_pages
-from sglang.srt.kvtuner.quantizer import STORED_BITS, UNQUANTIZED_BITS
+from sglang.srt.kvtuner.attention import cpu as kernels_cpu
+from sglang.srt.kvtuner.attention.backend import attend
+from sglang.srt.kvtuner.cache import huge_pages
+from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.format.hadamard import block_size
+from sglang.srt.kvtuner.format.page_codec import decode_pages
+from sglang.srt.kvtuner.format.quantizer import STORED_BITS, UNQUANTIZED_BITS
 
 PAGE = 64
 BUFFER_BYTES = 96 << 20  # more than the last-level caches of the machines that this runs on

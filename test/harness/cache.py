@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from sglang.srt.kvtuner.formats import LayerFormat, TensorFormat
-from sglang.srt.kvtuner.plan import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 
 
 def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):

@@ -1,7 +1,7 @@
 """The formats that the suites run on, by name: every width, symmetry, axis, orientation and rotation on several shapes."""
 
-from sglang.srt.kvtuner.formats import TensorFormat
-from sglang.srt.kvtuner.hadamard import block_size
+from sglang.srt.kvtuner.format.formats import TensorFormat
+from sglang.srt.kvtuner.format.hadamard import block_size
 
 # Tokens of a page, head_dim, group. A group that does not divide what its axis groups gives no format.
 SHAPES = (

@@ -14,14 +14,14 @@ def steps(monkeypatch, tmp_path):
         "pyproject.toml": "fork",
         "python/upstream/pin.toml": "pin",
         "python/sglang/own.py": "own",
-        "sgl-kernel/pyproject.toml": "kernel",
-        "sgl-kernel/python/sgl_kernel/__init__.py": "init",
+        "sgl-kernel/portable/pyproject.toml": "kernel",
+        "sgl-kernel/portable/sgl_kernel/__init__.py": "init",
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(setup_venv, "ROOT", tmp_path)
-    monkeypatch.setattr(setup_venv, "KERNEL", tmp_path / "sgl-kernel")
+    monkeypatch.setattr(setup_venv, "KERNEL", tmp_path / "sgl-kernel/portable")
     monkeypatch.setattr(setup_venv, "has_cuda", lambda: False)
     ran = []
 
@@ -43,7 +43,10 @@ def steps(monkeypatch, tmp_path):
 
 def test_the_first_run_resolves_everything_at_once(steps):
     root, bring_up_to_date = steps
-    assert bring_up_to_date() == [["--upgrade", "pip"], [str(root / "sgl-kernel"), str(root), *setup_venv.TOOLS]]
+    assert bring_up_to_date() == [
+        ["--upgrade", "pip"],
+        [str(root / "sgl-kernel/portable"), str(root), *setup_venv.TOOLS],
+    ]
     assert bring_up_to_date() == []
 
 
@@ -51,13 +54,13 @@ def test_with_a_gpu_the_published_kernels_stay(steps, monkeypatch):
     root, bring_up_to_date = steps
     monkeypatch.setattr(setup_venv, "has_cuda", lambda: True)
     assert bring_up_to_date()[-1] == [str(root), *setup_venv.TOOLS]
-    (root / "sgl-kernel/python/sgl_kernel/__init__.py").write_text("changed")
+    (root / "sgl-kernel/portable/sgl_kernel/__init__.py").write_text("changed")
     assert bring_up_to_date() == []
 
 
 @pytest.mark.parametrize(
     "changed, installed",
-    [("python/sglang/own.py", "."), ("sgl-kernel/python/sgl_kernel/__init__.py", "sgl-kernel")],
+    [("python/sglang/own.py", "."), ("sgl-kernel/portable/sgl_kernel/__init__.py", "sgl-kernel/portable")],
 )
 def test_a_changed_file_installs_only_its_wheel(steps, changed, installed):
     root, bring_up_to_date = steps
@@ -70,7 +73,7 @@ def test_another_pin_resolves_everything_again(steps):
     root, bring_up_to_date = steps
     bring_up_to_date()
     (root / "python/upstream/pin.toml").write_text("another")
-    assert bring_up_to_date() == [[str(root / "sgl-kernel"), str(root), *setup_venv.TOOLS]]
+    assert bring_up_to_date() == [[str(root / "sgl-kernel/portable"), str(root), *setup_venv.TOOLS]]
 
 
 def test_another_tool_is_installed_alone(steps, monkeypatch):
@@ -100,7 +103,7 @@ def test_an_interrupted_run_starts_over(steps, monkeypatch):
         broken.setattr(setup_venv, "_step", fail)
         with pytest.raises(setup_venv.SetupError):
             setup_venv.set_up(root / "env", root / "log")
-    assert bring_up_to_date()[-1] == [str(root / "sgl-kernel"), str(root), *setup_venv.TOOLS]
+    assert bring_up_to_date()[-1] == [str(root / "sgl-kernel/portable"), str(root), *setup_venv.TOOLS]
 
 
 def test_a_failed_step_shows_the_end_of_its_log(tmp_path):

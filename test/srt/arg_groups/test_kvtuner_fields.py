@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from sglang.srt.arg_groups.fields.kvtuner import parse_bool
-from sglang.srt.kvtuner import switch
-from sglang.srt.kvtuner.config import FLAG_OF_FIELD, KVTunerConfig
+from sglang.srt.kvtuner import hooks
+from sglang.srt.kvtuner.config.flags import FLAG_OF_FIELD, KVTunerConfig
 from sglang.srt.runtime_context import get_context
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
@@ -165,9 +165,9 @@ def test_the_published_configuration_has_the_flags():
 
 
 def test_the_switch_follows_the_published_configuration():
-    assert switch.enabled() is False, "nothing is published"
+    assert hooks.enabled() is False, "nothing is published"
     with get_context().override_server_args():
-        assert switch.enabled() is False
+        assert hooks.enabled() is False
     with get_context().override_server_args(enable_kvtuner_quant=True):
-        assert switch.enabled() is True
-    assert switch.enabled() is False
+        assert hooks.enabled() is True
+    assert hooks.enabled() is False

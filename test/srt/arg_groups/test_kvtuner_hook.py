@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from harness.server_args import resolve, server_args, write_model
-from sglang.srt.kvtuner import compatibility
-from sglang.srt.kvtuner.config import FLAG_OF_FIELD, KVTunerConfigError
+from sglang.srt.kvtuner.config import compatibility
+from sglang.srt.kvtuner.config.flags import FLAG_OF_FIELD, KVTunerConfigError
 from sglang.srt.server_args import prepare_server_args
 
 

@@ -100,8 +100,8 @@ def flag_off(smollm2_checkpoint, texts, tmp_path_factory):
 
 def test_flag_off_runs_no_code_of_ours(flag_off):
     # The flags' own check at start-up and the switch are all that may load.
-    allowed = {"sglang.srt.kvtuner", "sglang.srt.kvtuner.switch", "sglang.srt.kvtuner.config"}
-    allowed |= {"sglang.srt.kvtuner.quantizer"}  # config.py takes the valid bits from it
+    allowed = {"sglang.srt.kvtuner", "sglang.srt.kvtuner.hooks", "sglang.srt.kvtuner.config.flags"}
+    allowed |= {"sglang.srt.kvtuner.format.quantizer"}  # config.py takes the valid bits from it
     assert flag_off.imports <= allowed
     assert flag_off.page_size == 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang.srt.kvtuner.config import FLAG_OF_FIELD, KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import FLAG_OF_FIELD, KVTunerConfig, KVTunerConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ def handle_kvtuner(server_args: Any) -> None:
         return
 
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
-    from sglang.srt.kvtuner import compatibility
-    from sglang.srt.kvtuner.plan import build_plan
-    from sglang.srt.kvtuner.preset_header import warn_of_mismatch
+    from sglang.srt.kvtuner.config import compatibility
+    from sglang.srt.kvtuner.config.cache_format import build_plan
+    from sglang.srt.kvtuner.config.preset_header import warn_of_mismatch
 
     view = resolving_view(server_args)
     config = KVTunerConfig.from_args(server_args)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang.srt.kvtuner.config import KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
 from sglang.srt.kvtuner.tuner.cli import main
 from sglang.srt.kvtuner.tuner.errors import TuningError
 from sglang.srt.kvtuner.tuner.evaluate import parse_configuration

@@ -10,8 +10,8 @@ import pytest
 
 from harness import fake_quant
 from serverctl import device_flags, server_environment
-from sglang.srt.kvtuner.preset import load_preset
-from sglang.srt.kvtuner.preset_header import read_header
+from sglang.srt.kvtuner.config.preset import load_preset
+from sglang.srt.kvtuner.config.preset_header import read_header
 from sglang.srt.kvtuner.tuner.recipe import average_bits
 from sglang.srt.kvtuner.tuner.text import read_source
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang.srt.kvtuner.preset import LayerBits
+from sglang.srt.kvtuner.config.preset import LayerBits
 from sglang.srt.kvtuner.tuner.pareto import LayerGroup, group_layers, pareto_front
 from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS
 

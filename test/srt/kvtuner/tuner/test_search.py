@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang.srt.kvtuner.config import KVTunerConfig
-from sglang.srt.kvtuner.preset import LayerBits, load_preset
-from sglang.srt.kvtuner.preset_header import read_header
+from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.preset import LayerBits, load_preset
+from sglang.srt.kvtuner.config.preset_header import read_header
 from sglang.srt.kvtuner.tuner import search as search_module
 from sglang.srt.kvtuner.tuner.engine import EngineSettings
 from sglang.srt.kvtuner.tuner.errors import TuningError

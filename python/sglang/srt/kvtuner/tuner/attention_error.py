@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang.srt.kvtuner.config import KVTunerConfig
-from sglang.srt.kvtuner.formats import SCALE_DTYPE
-from sglang.srt.kvtuner.hadamard import block_size, rotate
-from sglang.srt.kvtuner.preset import LayerBits
-from sglang.srt.kvtuner.quantizer import quantize
+from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.preset import LayerBits
+from sglang.srt.kvtuner.format.formats import SCALE_DTYPE
+from sglang.srt.kvtuner.format.hadamard import block_size, rotate
+from sglang.srt.kvtuner.format.quantizer import quantize
 from sglang.srt.kvtuner.tuner.engine import EngineSettings, TunerEngine
 from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS
 from sglang.srt.kvtuner.tuner.text import Windows

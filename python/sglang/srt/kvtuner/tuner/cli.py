@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from sglang.srt.kvtuner.config import KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
 
 _EPILOG = "Server flags for loading the model (--device, --dtype, --mem-fraction-static ...) come last, after --."
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sglang.srt.kvtuner.config import KVTunerConfigError
-from sglang.srt.kvtuner.plan import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.kvtuner.tuner.errors import TuningError
 
 
@@ -118,8 +118,8 @@ class TunerEngine:
         ]
 
     def _packed_cache(self, plan: CachePlan) -> tuple[Any, Any]:
-        from sglang.srt.kvtuner.backend import KVTunerAttnBackend
-        from sglang.srt.kvtuner.pool import KVTunerTokenToKVPool
+        from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
+        from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 
         runner = self._runner
         pool = KVTunerTokenToKVPool(
@@ -204,7 +204,7 @@ class TunerEngine:
 def _load(argv: list[str]) -> tuple[Any, Any]:
     from sglang.benchmark import one_batch
     from sglang.srt.arg_groups.overrides import model_config_of
-    from sglang.srt.kvtuner.compatibility import refuse_unsupported_device, refuse_unsupported_model
+    from sglang.srt.kvtuner.config.compatibility import refuse_unsupported_device, refuse_unsupported_model
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
     from sglang.srt.server_args import PortArgs, prepare_server_args
 

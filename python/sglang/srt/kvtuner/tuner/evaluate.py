@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sglang.srt.kvtuner.config import KVTunerConfig
-from sglang.srt.kvtuner.plan import CachePlan, build_plan
-from sglang.srt.kvtuner.preset_header import recipe_flags
+from sglang.srt.kvtuner.config.cache_format import CachePlan, build_plan
+from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.preset_header import recipe_flags
 from sglang.srt.kvtuner.tuner.outputs import QUALITY_HEAD, quality_cells, text_table, write_json, write_text
 from sglang.srt.kvtuner.tuner.recipe import parse_pair, parse_recipe, recipe_name
 from sglang.srt.kvtuner.tuner.run import FINAL, TuningRun

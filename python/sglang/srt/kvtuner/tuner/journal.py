@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.kvtuner.preset import LayerBits
+from sglang.srt.kvtuner.config.preset import LayerBits
 from sglang.srt.kvtuner.tuner.errors import TuningError
 from sglang.srt.kvtuner.tuner.recipe import parse_pair
 from sglang.srt.kvtuner.tuner.score import Quality

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.kvtuner.preset import LayerBits
-from sglang.srt.kvtuner.preset_header import format_header
+from sglang.srt.kvtuner.config.preset import LayerBits
+from sglang.srt.kvtuner.config.preset_header import format_header
 from sglang.srt.kvtuner.tuner.score import Quality
 
 QUALITY_HEAD = ("KL", "perplexity", "top-1 agreement")

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sglang.srt.kvtuner.preset import LayerBits
+from sglang.srt.kvtuner.config.preset import LayerBits
 
 Point = TypeVar("Point")
 # Choice per group: an index into its front.

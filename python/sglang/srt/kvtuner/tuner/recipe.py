@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 from itertools import product
 
-from sglang.srt.kvtuner.config import KVTunerConfig
-from sglang.srt.kvtuner.plan import CachePlan, build_plan
-from sglang.srt.kvtuner.preset import LayerBits
-from sglang.srt.kvtuner.quantizer import SUPPORTED_BITS
+from sglang.srt.kvtuner.config.cache_format import CachePlan, build_plan
+from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.preset import LayerBits
+from sglang.srt.kvtuner.format.quantizer import SUPPORTED_BITS
 from sglang.srt.kvtuner.tuner.errors import TuningError
 
 ALL_PAIRS = tuple(LayerBits(key, value) for key, value in product(sorted(SUPPORTED_BITS, reverse=True), repeat=2))

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.kvtuner.config import KVTunerConfig
-from sglang.srt.kvtuner.preset_header import recipe_flags
+from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.preset_header import recipe_flags
 from sglang.srt.kvtuner.tuner.engine import TunerEngine
 from sglang.srt.kvtuner.tuner.journal import Journal, Mix
 from sglang.srt.kvtuner.tuner.recipe import PlanMaker

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.kvtuner.plan import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CachePlan
 from sglang.srt.kvtuner.tuner.engine import TunerEngine
 from sglang.srt.kvtuner.tuner.text import Windows
 

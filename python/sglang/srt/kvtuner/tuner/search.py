@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sglang.srt.kvtuner.preset_header import preset_recipe
+from sglang.srt.kvtuner.config.preset_header import preset_recipe
 from sglang.srt.kvtuner.tuner import sensitivity
 from sglang.srt.kvtuner.tuner.errors import TuningError
 from sglang.srt.kvtuner.tuner.journal import Mix

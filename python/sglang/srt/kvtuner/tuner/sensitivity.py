@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, replace
 from itertools import product
 
-from sglang.srt.kvtuner.config import KVTunerConfig
-from sglang.srt.kvtuner.preset import LayerBits
+from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.preset import LayerBits
 from sglang.srt.kvtuner.tuner.attention_error import ErrorTable, measure_errors
 from sglang.srt.kvtuner.tuner.outputs import text_table, write_json, write_text
 from sglang.srt.kvtuner.tuner.pareto import pareto_front

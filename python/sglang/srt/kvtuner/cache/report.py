@@ -1,0 +1,43 @@
+"""What the cache stores, computed from the buffers that are allocated; shown in ``/server_info``."""
+
+from __future__ import annotations
+
+from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
+
+
+def pool_report(pool: KVTunerTokenToKVPool) -> dict:
+    """Figures of one rank's pool.
+
+    stored_bits*: bits of the packed buffers per element that they can hold. sink_bits: what sinks add to that.
+    bytes_per_token*: of this rank. pool_bytes: packed pages and sinks. capacity_tokens_full_precision: tokens of an
+    unquantized cache in the same memory (pages, sinks and rings).
+    """
+    tokens = pool.keys[0].shape[0] * pool.page_size
+    elements = tokens * pool.kv_heads * pool.head_dim * pool.layer_num
+    key_bytes = sum(t.nbytes for t in pool.keys)
+    value_bytes = sum(t.nbytes for t in pool.values)
+    sink_bytes = pool.sinks.size_bytes()
+    pool_bytes = key_bytes + value_bytes + sink_bytes
+    ring_bytes = pool.window.size_bytes()
+    full_token_bytes = 2 * pool.layer_num * pool.kv_heads * pool.head_dim * pool.full_precision_dtype.itemsize
+    nominal_key, nominal_value = pool.plan.nominal_bits()
+    return {
+        "plan": pool.plan.describe(),
+        "plan_digest": pool.plan.digest(),
+        "attention": pool.attention,
+        "average_bits_key": nominal_key,
+        "average_bits_value": nominal_value,
+        "hadamard_key_layers": sum(layer.key.hadamard > 0 for layer in pool.plan.layers),
+        "stored_bits_key": key_bytes * 8 / elements,
+        "stored_bits_value": value_bytes * 8 / elements,
+        "stored_bits": (key_bytes + value_bytes) * 8 / (2 * elements),
+        "sink_bits": sink_bytes * 8 / (2 * elements),
+        "bytes_per_token": pool_bytes / tokens,
+        "bytes_per_token_full_precision": full_token_bytes,
+        "pool_bytes": pool_bytes,
+        "sink_bytes": sink_bytes,
+        "ring_bytes": ring_bytes,
+        "ring_slots": pool.window.keys[0].shape[0],
+        "capacity_tokens": pool.size,
+        "capacity_tokens_full_precision": (pool_bytes + ring_bytes) // full_token_bytes,
+    }

@@ -1,0 +1,208 @@
+"""How many tokens fit: exact bytes of packed pages, sinks and rings, and upstream's sizing interface on top of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.flags import KVTunerConfigError
+from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig, MemoryPoolConfigurator
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+
+logger = logging.getLogger(__name__)
+
+# Where --max-running-requests does not say, rings take at most this share of the KV budget.
+RING_SHARE = 0.2
+# Upstream's own upper bound on running requests when nothing is given.
+MOST_REQUESTS = 4096
+GB = 1 << 30
+
+
+@dataclass(frozen=True)
+class CacheCosts:
+    """Bytes on one rank.
+
+    page_bytes: one packed page with its sinks, all local layers. ring_bytes: one request's ring, all local layers.
+    full_token_bytes: one token of an unquantized cache. page_size: tokens of a page. sink_bytes: what of page_bytes is
+    for sinks.
+    """
+
+    page_bytes: int
+    ring_bytes: int
+    full_token_bytes: int
+    page_size: int
+    sink_bytes: int = 0
+
+    @classmethod
+    def of(cls, plan: CachePlan, *, start_layer: int, end_layer: int, kv_heads: int, itemsize: int) -> CacheCosts:
+        """Costs of the layers [start_layer, end_layer) with ``kv_heads`` local heads; ``itemsize`` is the bytes of a
+        full-precision element."""
+        layers = plan.layers[start_layer:end_layer]
+        of_layers = [(layer.key.head_dim + layer.value.head_dim) * kv_heads for layer in layers]
+        elements = sum(of_layers)
+        sink_bytes = sum(layer.sink_length * count for layer, count in zip(layers, of_layers)) * itemsize
+        return cls(
+            page_bytes=sum(layer.page_bytes_per_head for layer in layers) * kv_heads + sink_bytes,
+            ring_bytes=plan.ring_length * elements * itemsize,
+            full_token_bytes=elements * itemsize,
+            page_size=plan.page_size,
+            sink_bytes=sink_bytes,
+        )
+
+    def rings_bytes(self, requests: int) -> int:
+        """Rings of ``requests`` requests; one more belongs to upstream's padding slot."""
+        return (requests + 1) * self.ring_bytes
+
+    def tokens_within(self, budget: int, requests: int) -> int:
+        """Tokens in whole pages that fit ``budget`` bytes beside the rings of ``requests`` requests; 0 if none do."""
+        pages = (budget - self.rings_bytes(requests)) // self.page_bytes - 1  # page 0 pads
+        return max(pages, 0) * self.page_size
+
+    def requests_within_share(self, budget: int) -> int:
+        """Requests whose rings take at most RING_SHARE of ``budget``; at least 1."""
+        return max(int(budget * RING_SHARE) // self.ring_bytes - 1, 1)
+
+
+@dataclass
+class KVTunerMemoryPoolConfig(MemoryPoolConfig):
+    """MemoryPoolConfig with the number of requests that rings were counted for."""
+
+    ring_requests: int = 0
+
+
+class KVTunerPoolConfigurator(MemoryPoolConfigurator):
+    """Sizes the packed pool: rings for all running requests first, packed pages with the rest of the budget."""
+
+    def __init__(self, kvc: KVCacheConfigurator) -> None:
+        self._kvc = kvc
+        self._plan = plan_of(kvc)
+        self._costs = costs_of(kvc, self._plan)
+        self._requests: int | None = None
+
+    def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
+        """Tokens and ring requests for a budget in bytes.
+
+        Raises KVTunerConfigError when rings leave no room for a page, and RuntimeError when ranks hold different plans.
+        """
+        from sglang.srt.kvtuner.config.agreement import require_same_plan
+
+        # Every rank comes straight from upstream's collective memory profiling, so they arrive together.
+        require_same_plan(self._plan)
+        requested = self._requested_requests()
+        if requested is not None:
+            requests = requested
+        else:
+            requests = min(self._costs.requests_within_share(available_bytes), MOST_REQUESTS)
+            tokens = self._costs.tokens_within(available_bytes, requests)
+            requests = max(min(requests, self._kvc.resolve_max_num_reqs(tokens)), 1)
+        tokens = self._costs.tokens_within(available_bytes, requests)
+        if tokens == 0:
+            raise KVTunerConfigError(
+                f"--max-running-requests {requests} and --kvtuner-residual-length {self._plan.residual_length} need "
+                f"{self._costs.rings_bytes(requests) / GB:.2f} GB for residual windows; the KV budget is "
+                f"{available_bytes / GB:.2f} GB. Lower one of them, or raise --mem-fraction-static"
+            )
+        self._requests = requests
+        return KVTunerMemoryPoolConfig(max_total_num_tokens=tokens, ring_requests=requests)
+
+    def calculate_pool_sizes_from_max_tokens(self, max_total_num_tokens: int, page_size: int) -> MemoryPoolConfig:
+        """As :meth:`calculate_pool_sizes` for a cap on tokens below what the budget holds.
+
+        Raises KVTunerConfigError for a cap below a page.
+        """
+        tokens = max_total_num_tokens // page_size * page_size
+        if tokens == 0:
+            raise KVTunerConfigError(
+                f"--max-total-tokens is {max_total_num_tokens}; with --enable-kvtuner-quant valid are {page_size} and "
+                "above, one page"
+            )
+        requests = self._requests
+        if self._requested_requests() is None:
+            # A running request holds a page at least.
+            requests = max(min(requests, tokens // page_size), 1)
+        return KVTunerMemoryPoolConfig(max_total_num_tokens=tokens, ring_requests=requests)
+
+    def finalize_with_max_running_requests(self, config: MemoryPoolConfig) -> MemoryPoolConfig:
+        """Cap upstream's number of running requests to those that rings were counted for, and log the sum."""
+        config.max_running_requests = min(config.max_running_requests, config.ring_requests)
+        self._log(config)
+        return config
+
+    def _requested_requests(self) -> int | None:
+        from sglang.srt.runtime_context import get_schedule
+
+        requested = get_schedule().max_running_requests
+        return None if requested is None else max(requested, 1)
+
+    def _log(self, config: MemoryPoolConfig) -> None:
+        costs, requests = self._costs, config.max_running_requests
+        pages = config.max_total_num_tokens // costs.page_size + 1
+        packed, rings = pages * costs.page_bytes, costs.rings_bytes(requests)
+        key_bits, value_bits = self._plan.stored_bits()
+        nominal_key, nominal_value = self._plan.nominal_bits()
+        logger.info(
+            "Quantized KV cache: %s; average bits K %.4g, V %.4g, stored K %.4g, V %.4g",
+            self._plan.describe(), nominal_key, nominal_value, key_bits, value_bits,
+        )  # fmt: skip
+        logger.info(
+            "Quantized KV cache memory: packed pages %.3f GB (%d pages of %d tokens, %d bytes each%s), residual windows "
+            "%.3f GB (%d requests and 1 padding slot, %d tokens, %d bytes each; %.1f%% of the sum)%s",
+            packed / GB, pages, costs.page_size, costs.page_bytes,
+            f", {costs.sink_bytes} of them for sinks" if costs.sink_bytes else "",
+            rings / GB, requests, self._plan.ring_length, costs.ring_bytes, 100 * rings / (packed + rings),
+            "" if self._requested_requests() is not None
+            else f"; --max-running-requests was not given, {requests} requests are admitted",
+        )  # fmt: skip
+        full = (packed + rings) // costs.full_token_bytes
+        logger.info(
+            "Quantized KV cache capacity: max_total_num_tokens=%d, %.2fx the %d tokens of an unquantized cache in the "
+            "same memory (%.2fx without residual windows)",
+            config.max_total_num_tokens, config.max_total_num_tokens / max(full, 1), full,
+            costs.full_token_bytes * costs.page_size / costs.page_bytes,
+        )  # fmt: skip
+
+
+def plan_of(kvc: KVCacheConfigurator) -> CachePlan:
+    """The layer plan for a model runner's cache.
+
+    Raises KVTunerConfigError as at start-up, and for a cache dtype that a checkpoint forces.
+    """
+    import torch
+
+    from sglang.srt.kvtuner.config.cache_format import build_plan
+    from sglang.srt.kvtuner.config.flags import KVTunerConfig
+    from sglang.srt.runtime_context import get_context
+
+    if kvc.kv_cache_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise KVTunerConfigError(
+            f"the checkpoint asks for a KV cache in {kvc.kv_cache_dtype}, which --enable-kvtuner-quant does not support"
+        )
+    return build_plan(
+        KVTunerConfig.from_args(get_context().config_bag("kvtuner")),
+        num_layers=kvc.model_config.num_hidden_layers,
+        head_dim=kvc.model_config.head_dim,
+        page_size=kvc.pool_page_size,
+    )
+
+
+def costs_of(kvc: KVCacheConfigurator, plan: CachePlan) -> CacheCosts:
+    """Bytes of this rank's share of the cache."""
+    return CacheCosts.of(
+        plan,
+        start_layer=kvc.layer_info.start_layer,
+        end_layer=kvc.layer_info.end_layer,
+        kv_heads=local_kv_heads(kvc),
+        itemsize=kvc.kv_cache_dtype.itemsize,
+    )
+
+
+def local_kv_heads(kvc: KVCacheConfigurator) -> int:
+    """KV heads of this tensor-parallel rank."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return kvc.model_config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size)

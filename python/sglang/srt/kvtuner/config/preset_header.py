@@ -1,0 +1,79 @@
+"""The comments at the top of a preset that the tuner wrote, and what they tell a server that loads it.
+
+A header is lines ``# name: value`` before the first layer; KVTuner's own presets have none, which is fine.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from sglang.srt.kvtuner.config.flags import KVTunerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def format_header(fields: dict[str, str]) -> str:
+    """Comment lines of the fields, in their order."""
+    return "".join(f"# {name}: {' '.join(str(value).split())}\n" for name, value in fields.items())
+
+
+def read_header(path: str) -> dict[str, str]:
+    """The fields of a preset's header; empty without one."""
+    fields = {}
+    with open(path, encoding="utf-8") as stream:
+        for line in stream:
+            if not line.startswith("#"):
+                break
+            name, colon, value = line[1:].partition(":")
+            if colon:
+                fields[name.strip()] = value.strip()
+    return fields
+
+
+def model_name(model_path: str) -> str:
+    """The model's own name in a path or a Hugging Face name: ``org/Name``, ``/checkpoints/Name`` and a cached snapshot
+    of it are one model, ``Name``."""
+    parts = Path(model_path).parts
+    for part in parts:
+        if part.startswith("models--"):
+            return part.rpartition("--")[2]
+    return parts[-1] if parts else model_path
+
+
+def recipe_flags(config: KVTunerConfig) -> str:
+    """The flags that say how codes are made, which a preset's bits were tuned for."""
+    flags = (
+        f"--kvtuner-asym {str(config.asym).lower()} --kvtuner-axis-key {config.axis_key} "
+        f"--kvtuner-axis-value {config.axis_value} --kvtuner-q-group-size {config.group_size}"
+    )
+    if config.hadamard_key:
+        flags += " --kvtuner-hadamard-key true"
+    if config.sink_length:
+        flags += f" --kvtuner-sink-length {config.sink_length}"
+    return flags
+
+
+def preset_recipe(config: KVTunerConfig) -> str:
+    """:func:`recipe_flags` without rotation and sinks, which a preset's layers say themselves."""
+    return recipe_flags(replace(config, hadamard_key=False, sink_length=0))
+
+
+def warn_of_mismatch(config: KVTunerConfig, model_path: str) -> None:
+    """Log a warning when the header of the preset in use names another model, or other recipe flags."""
+    path, recipe = config.preset, preset_recipe(config)
+    if path is None:
+        return
+    header = read_header(path)
+    tuned_for = header.get("model", model_path)
+    if model_name(tuned_for).lower() != model_name(model_path).lower():
+        logger.warning(
+            "--kvtuner-config %s was tuned for the model %s, this server has %s: its bits suit that other model",
+            path, tuned_for, model_path,
+        )  # fmt: skip
+    if header.get("recipe", recipe) != recipe:
+        logger.warning(
+            "--kvtuner-config %s was tuned with %s, this server has %s: its quality figures do not hold here",
+            path, header["recipe"], recipe,
+        )  # fmt: skip

@@ -1,0 +1,63 @@
+"""All that upstream's edits call. Imports nothing heavy: upstream's code asks :func:`enabled` with the flag off, too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
+    from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
+    from sglang.srt.kvtuner.cache.sizing import KVTunerPoolConfigurator
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+def enabled() -> bool:
+    """True when the published configuration has ``--enable-kvtuner-quant``."""
+    from sglang.srt.runtime_context import get_context
+
+    context = get_context()
+    # Unit tests and tools build parts of the engine without publishing a configuration.
+    if not context.is_config_namespace_published("kvtuner"):
+        return False
+    return context.config_bag("kvtuner").enable_kvtuner_quant
+
+
+def build_configurator(kvc: KVCacheConfigurator) -> KVTunerPoolConfigurator:
+    """What decides how many tokens the packed pool holds."""
+    from sglang.srt.kvtuner.cache.sizing import KVTunerPoolConfigurator
+
+    return KVTunerPoolConfigurator(kvc)
+
+
+def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTokenPool) -> KVTunerTokenToKVPool:
+    """Allocate the packed pool for the sizes that upstream settled (``sizes.max_total_num_tokens``), with one ring per
+    request slot."""
+    from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
+    from sglang.srt.kvtuner.cache.sizing import local_kv_heads, plan_of
+
+    return KVTunerTokenToKVPool(
+        plan_of(kvc),
+        size=sizes.max_total_num_tokens,
+        num_slots=req_to_token_pool.req_to_token.shape[0],
+        kv_heads=local_kv_heads(kvc),
+        full_precision_dtype=kvc.kv_cache_dtype,
+        device=kvc.device,
+        start_layer=kvc.layer_info.start_layer,
+        end_layer=kvc.layer_info.end_layer,
+    )
+
+
+def build_attention_backend(model_runner: ModelRunner) -> KVTunerAttnBackend:
+    """Attention over the packed pool of the model runner."""
+    from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
+
+    return KVTunerAttnBackend(model_runner)
+
+
+def contribute_internal_state(scheduler: Any, state: dict) -> None:
+    """Put the report of the scheduler's pool into its internal state as ``kvtuner``."""
+    from sglang.srt.kvtuner.cache.report import pool_report
+
+    state["kvtuner"] = pool_report(scheduler.token_to_kv_pool_allocator.get_kvcache())

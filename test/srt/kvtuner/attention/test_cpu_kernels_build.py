@@ -1,0 +1,151 @@
+"""Building the C++ kernels: by several processes at once, again, for other processors, and where it cannot be done."""
+
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from sglang.srt.kvtuner.attention import cpu as kernels_cpu
+from sglang.srt.kvtuner.attention import dispatch
+from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
+
+FORMAT = TensorFormat(4, True, 1, 32, 64, 64, True)
+PROCESS_SECONDS = 240
+
+# Loads the kernels, or says that the processor lacks what was asked for; compares packed bytes with the reference.
+USER = """
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from sglang.srt.kvtuner.attention import cpu as kernels_cpu
+from sglang.srt.kvtuner.format.formats import TensorFormat
+from sglang.srt.kvtuner.format.page_codec import encode_pages
+fmt = TensorFormat(4, True, 1, 32, 64, 64, True)
+pages = torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(0))
+try:
+    right = torch.equal(kernels_cpu.pack_pages(pages, fmt), encode_pages(pages, fmt))
+    print(kernels_cpu.module().body_name(), "right" if right else "wrong")
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+def executable(path, text):
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def start(cache, **env):
+    environment = {**os.environ, "SGLANG_JIT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen(
+        [sys.executable, "-c", USER], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    """(last line of its output, its log)."""
+    try:
+        output, log = process.communicate(timeout=PROCESS_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    return output.splitlines()[-1], log
+
+
+def contents(folder):
+    """Files below a folder with their time and size. Upstream's lock file is no content."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+@pytest.mark.server  # for its length: three processes that import sglang, and a build
+def test_one_build_serves_all_processes_and_processors(tmp_path):
+    """Ranks or servers that start together on an empty cache; forced bodies stand for machines with other processors."""
+    cache, calls = tmp_path / "cache", tmp_path / "calls"
+    real = shutil.which(os.environ.get("CXX", "c++"))
+    # Unoptimized, which takes a sixth of the time and gives the same bytes.
+    compiler = executable(tmp_path / "c++", f'#!/bin/sh\necho "$@" >> {calls}\nexec {real} "$@" -O0\n')
+
+    def compilations():
+        return [command for command in calls.read_text().splitlines() if " -c " in command]
+
+    together = {body: start(cache, CXX=str(compiler), SGLANG_KVTUNER_CPU_ISA=body) for body in ("avx512", "plain")}
+    for body, process in together.items():
+        said, log = finish(process)
+        assert said == f"{body} right" or (body != "plain" and said.startswith("refused:") and body in said), log
+        assert "first start compiles" in log
+    assert len(compilations()) == len(kernels_cpu._SOURCES), "one process builds, the other waits"
+    assert not re.search("-march|-mtune|-mcpu", calls.read_text())
+    before = contents(cache)
+    assert [path.suffix for path in before].count(".so") == 1, before
+
+    # A ninja that fails proves that nothing is built again.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    executable(tools / "ninja", "#!/bin/sh\nexit 1\n")
+    path = os.pathsep.join([str(tools), os.environ["PATH"]])
+    said, log = finish(start(cache, CXX=str(compiler), PATH=path, SGLANG_KVTUNER_CPU_ISA="avx2"))
+    assert said == "avx2 right" or (said.startswith("refused:") and "avx2" in said), log
+    assert contents(cache) == before
+    assert len(compilations()) == len(kernels_cpu._SOURCES)
+
+
+@pytest.fixture
+def cold(monkeypatch, tmp_path):
+    """An empty cache, and a folder of tools that is all of PATH."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("SGLANG_JIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.delenv("CXX", raising=False)
+    ninja = shutil.which("ninja", path=os.pathsep.join([os.path.dirname(sys.executable), os.defpath]))
+    kernels_cpu.module.cache_clear()
+    yield tools, ninja
+    kernels_cpu.module.cache_clear()
+
+
+def chosen(caplog):
+    """The kernels that a pool on the CPU gets, and the warnings."""
+    caplog.set_level(logging.WARNING)
+    return dispatch.choose_kernels("cpu", (LayerFormat(FORMAT, FORMAT),)), caplog.text
+
+
+def test_without_ninja_the_reference_serves_and_says_so(cold, caplog):
+    executable(cold[0] / "c++", "#!/bin/sh\nexit 0\n")
+    kernels, said = chosen(caplog)
+    assert kernels is None
+    assert "torch reference" in said and "ninja not found on PATH" in said
+
+
+def test_without_a_compiler_the_reference_serves_and_says_so(cold, caplog):
+    tools, ninja = cold
+    (tools / "ninja").symlink_to(ninja)
+    kernels, said = chosen(caplog)
+    assert kernels is None
+    assert "torch reference" in said and "c++ not found on PATH" in said
+
+
+def test_a_compiler_that_fails_is_quoted(cold, caplog, tmp_path):
+    tools, ninja = cold
+    (tools / "ninja").symlink_to(ninja)
+    executable(tools / "c++", "#!/bin/sh\necho 'error: no such option' >&2\nexit 1\n")
+    kernels, said = chosen(caplog)
+    assert kernels is None
+    assert "torch reference" in said and "error: no such option" in said
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(cold, caplog, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    tools, ninja = cold
+    (tools / "ninja").symlink_to(ninja)
+    executable(tools / "c++", "#!/bin/sh\nexit 0\n")
+    monkeypatch.setenv("SGLANG_JIT_CACHE_DIR", str(tmp_path / "file"))
+    kernels, said = chosen(caplog)
+    assert kernels is None
+    assert str(tmp_path / "file") in said

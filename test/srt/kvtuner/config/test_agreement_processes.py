@@ -1,0 +1,116 @@
+"""The check that all ranks hold one plan, in real process groups on the loopback interface."""
+
+import datetime
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch.distributed as dist
+
+from sglang.srt.kvtuner.config import agreement
+from sglang.srt.kvtuner.config.cache_format import build_plan
+from sglang.srt.kvtuner.config.flags import KVTunerConfig
+
+# Forked children have everything imported; there are no threads of torch to lose, as tests compute with one.
+processes = multiprocessing.get_context("fork")
+
+
+def plan(**settings):
+    shape = {name: settings.pop(name) for name in ("num_layers", "page_size") if name in settings}
+    return build_plan(KVTunerConfig(**settings), head_dim=64, **{"num_layers": 3, "page_size": 64, **shape})
+
+
+def join_group(rank, world_size, port_file):
+    """Rank 0 takes a free port and writes it down; the others wait for it."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    while rank > 0 and not port_file.exists():
+        time.sleep(0.01)
+    port = int(port_file.read_text()) if rank > 0 else 0
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, wait_for_workers=False)
+    if rank == 0:
+        written = port_file.with_suffix(".tmp")
+        written.write_text(str(store.port))
+        written.rename(port_file)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60)
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Call with a plan per rank, or a list of things for it to do; returns what each rank raised, or None."""
+    children = []
+
+    def child(rank, world_size, mine, port_file, answers):
+        join_group(rank, world_size, port_file)
+        outcome = None
+        try:
+            mine(rank) if callable(mine) else agreement.require_same_plan(mine)
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        answers.put((rank, outcome))
+
+    def run(*ranks):
+        answers = processes.Queue()
+        for rank, mine in enumerate(ranks):
+            arguments = (rank, len(ranks), mine, tmp_path / "port", answers)
+            children.append(processes.Process(target=child, args=arguments, daemon=True))
+            children[-1].start()
+        return [outcome for _, outcome in sorted(answers.get(timeout=90) for _ in ranks)]
+
+    yield run
+    for process in children:
+        process.join(30)
+        if process.is_alive():
+            process.kill()
+
+
+def test_equal_plans(run):
+    assert run(plan(), plan(), plan()) == [None] * 3
+
+
+def test_different_bits_stop_every_rank(run):
+    raised = run(plan(), plan(), plan(nbits_value=2))
+    for rank in (0, 1):
+        assert raised[rank].startswith("RuntimeError: ") and f"This is rank {rank} on " in raised[rank]
+        assert "rank 2 on " in raised[rank] and "value nbits: here 4, there 2 (all layers)" in raised[rank]
+    assert "ranks 0, 1 on " in raised[2] and "value nbits: here 2, there 4 (all layers)" in raised[2]
+
+
+def test_a_rank_without_the_quantized_cache(run, monkeypatch):
+    """It goes on to other things and never announces a plan: the others must not wait for ever."""
+    monkeypatch.setattr(agreement, "TIMEOUT", datetime.timedelta(seconds=1))
+    raised = run(plan(), lambda rank: None)
+    assert raised[1] is None
+    assert "rank 1 announced no plan within 1 s" in raised[0]
+
+
+def test_a_rank_that_comes_late(run):
+    def late(rank):
+        time.sleep(1)
+        agreement.require_same_plan(plan())
+
+    assert run(plan(), late) == [None] * 2
+
+
+def test_two_checks_in_one_process_group(run):
+    """A second check, with other plans, does not read what the first one left."""
+
+    def twice(rank):
+        agreement.require_same_plan(plan())
+        time.sleep(0.5 * rank)  # rank 0 looks while rank 1 has announced nothing new
+        agreement.require_same_plan(plan(nbits_key=2 if rank else 8))
+
+    raised = run(twice, twice)
+    assert "key nbits: here 8, there 2" in raised[0]
+    assert "key nbits: here 2, there 8" in raised[1]
+
+
+def test_one_rank_needs_no_agreement(run):
+    assert run(plan()) == [None]
+
+
+def test_without_a_process_group_there_is_nothing_to_compare():
+    assert not dist.is_initialized()
+    agreement.require_same_plan(plan())
