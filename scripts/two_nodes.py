@@ -3,7 +3,7 @@
 
 The nodes are two network namespaces joined by a virtual cable (see netns.py), so this needs root and `ip` of iproute2.
 It prints the two commands as they are typed on two machines, asks a question over node 0's HTTP port, and shows the
-plan of the quantized KV cache that all ranks agreed on. Exits with 0 only if the answer came. docs/two_nodes.md has
+cache format of the quantized KV cache that all ranks agreed on. Exits with 0 only if the answer came. docs/two_nodes.md has
 the same for two machines with GPUs.
 """
 

@@ -1,15 +1,15 @@
-"""Small plans and a stand-in for upstream's request table, for tests of the cache without a model."""
+"""Small formats and a stand-in for upstream's request table, for tests of the cache without a model."""
 
 from dataclasses import replace
 
 import torch
 
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 
 
-def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):
-    """A plan whose layers differ in bits, axis, group and rotation, as a preset's do and more; every second layer keeps
+def mixed_format(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):
+    """A cache format whose layers differ in bits, axis, group and rotation, as a preset's do and more; every second layer keeps
     ``sinks``."""
 
     def tensor(nbits, axis, group, asym, hadamard=0):
@@ -21,7 +21,7 @@ def mixed_plan(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):
         LayerFormat(tensor(2, 0, 4, False), TensorFormat.unquantized(page_size, head_dim)),
     ]
     chosen = tuple(replace(formats[i % len(formats)], sink_length=sinks * (i % 2)) for i in range(layers))
-    return CachePlan(layers=chosen, page_size=page_size, residual_length=residual)
+    return CacheFormat(layers=chosen, page_size=page_size, residual_length=residual)
 
 
 class RequestTable:

@@ -97,7 +97,7 @@ def test_a_node_without_the_quantized_cache_stops_both(model, tmp_path):
     with TwoNodes(model, FLAGS, folder=tmp_path, tp_size=2, flags_of_node_1=off, env=ENV) as server:
         wait_until_ended(server.nodes, SECONDS_TO_REFUSE)
         first, second = server.nodes
-        assert_refused(first, "rank 1 announced no plan within 60 s .*Start every node with --enable-kvtuner-quant")
+        assert_refused(first, "rank 1 announced no cache format within 60 s .*Start every node with --enable-kvtuner-quant")
         assert second.exit_status() != 0, second.log_text()
 
 
@@ -157,7 +157,7 @@ def test_every_rank_holds_the_plan_that_node_0_shows(two_nodes):
     held = dict(
         match.groups()
         for log in logs
-        for match in re.finditer(r"TP(\d)\] Quantized KV cache: all 4 ranks hold plan ([0-9a-f]{12})", log)
+        for match in re.finditer(r"TP(\d)\] Quantized KV cache: all 4 ranks hold cache format ([0-9a-f]{12})", log)
     )
     assert sorted(held) == ["0", "1", "2", "3"]
     assert len(set(held.values())) == 1

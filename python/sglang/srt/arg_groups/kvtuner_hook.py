@@ -25,7 +25,7 @@ def handle_kvtuner(server_args: Any) -> None:
 
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
     from sglang.srt.kvtuner.config import compatibility
-    from sglang.srt.kvtuner.config.cache_format import build_plan
+    from sglang.srt.kvtuner.config.cache_format import build_cache_format
     from sglang.srt.kvtuner.config.preset_header import warn_of_mismatch
 
     view = resolving_view(server_args)
@@ -37,7 +37,7 @@ def handle_kvtuner(server_args: Any) -> None:
     compatibility.refuse_unsupported_model(model_config)
 
     page_size = _page_size(server_args)
-    plan = build_plan(
+    cache_format = build_cache_format(
         config,
         num_layers=model_config.num_hidden_layers,
         head_dim=model_config.head_dim,
@@ -47,7 +47,7 @@ def handle_kvtuner(server_args: Any) -> None:
     # torch_native is upstream's backend without CUDA graphs and Triton helpers, which is what the reference needs
     # around it; the attention itself is ours (see kvtuner/backend.py).
     declare_resolution(server_args, _SOURCE, page_size=page_size, attention_backend="torch_native")
-    logger.info("Quantized KV cache: %s", plan.describe())
+    logger.info("Quantized KV cache: %s", cache_format.describe())
 
 
 def _page_size(server_args: Any) -> int:

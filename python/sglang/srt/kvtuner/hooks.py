@@ -35,10 +35,10 @@ def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTok
     """Allocate the packed pool for the sizes that upstream settled (``sizes.max_total_num_tokens``), with one ring per
     request slot."""
     from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
-    from sglang.srt.kvtuner.cache.sizing import local_kv_heads, plan_of
+    from sglang.srt.kvtuner.cache.sizing import cache_format_of, local_kv_heads
 
     return KVTunerTokenToKVPool(
-        plan_of(kvc),
+        cache_format_of(kvc),
         size=sizes.max_total_num_tokens,
         num_slots=req_to_token_pool.req_to_token.shape[0],
         kv_heads=local_kv_heads(kvc),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.cache import RequestTable, mixed_plan
+from harness.cache import RequestTable, mixed_format
 from sglang.srt.kvtuner.attention import backend
 from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend, attend
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
@@ -61,7 +61,7 @@ class Server:
     """A backend with the parts of a model runner that it reads, and every token in full precision beside it."""
 
     def __init__(self, residual, heads=6, kv_heads=2, page_size=16, dtype=torch.float32):
-        self.plan = mixed_plan(page_size, residual, LAYERS, HEAD_DIM)
+        self.plan = mixed_format(page_size, residual, LAYERS, HEAD_DIM)
         self.heads, self.kv_heads, self.dtype = heads, kv_heads, dtype
         self.table = RequestTable(page_size)
         pool = KVTunerTokenToKVPool(

@@ -11,7 +11,7 @@ from sglang.srt.kvtuner.attention import dispatch
 from sglang.srt.kvtuner.attention.backend import attend
 from sglang.srt.kvtuner.attention.steps import StepPlanner
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.hadamard import block_size
 from sglang.srt.kvtuner.format.page_codec import encode_pages
@@ -81,7 +81,7 @@ class Case:
     """A cache filled by the reference, twice: one to run the kernels on, one for the reference."""
 
     def __init__(self, key, value, heads, kv_heads, residual, dtype, max_tokens=512, sinks=0):
-        self.plan = CachePlan((LayerFormat(key, value, sinks),), key.page_size, residual)
+        self.plan = CacheFormat((LayerFormat(key, value, sinks),), key.page_size, residual)
         self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, key.head_dim, dtype
         page, tokens = key.page_size, -(-max_tokens // key.page_size) * key.page_size
         pages = torch.randperm(SLOTS * tokens // page) + 1

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from harness.cache import RequestTable, mixed_plan
+from harness.cache import RequestTable, mixed_format
 from sglang.srt.kvtuner.attention.steps import StepPlanner
 from sglang.srt.kvtuner.cache.residual_window import ResidualWindow
 
@@ -14,7 +14,7 @@ class Positions:
     """A planner, and the position that every ring row holds: what a step may read is what was put there."""
 
     def __init__(self, page_size, residual, num_slots=4):
-        self.plan = mixed_plan(page_size, residual)
+        self.plan = mixed_format(page_size, residual)
         self.table = RequestTable(page_size, num_slots, num_pages=500, max_pages=100)
         window = ResidualWindow(
             self.plan, num_layers=0, num_slots=num_slots, kv_heads=1, head_dim=16, dtype=torch.float32, device="cpu"

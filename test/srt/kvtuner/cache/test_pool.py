@@ -5,19 +5,19 @@ import random
 import pytest
 import torch
 
-from harness.cache import RequestTable, mixed_plan
+from harness.cache import RequestTable, mixed_format
 from sglang.srt.kvtuner.attention.steps import StepPlanner
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.format.page_codec import decode_pages, encode_pages
 
 HEADS, HEAD_DIM, SLOTS = 2, 16, (1, 2, 3)
-START, END = 1, 3  # this rank's layers of the plan's four
+START, END = 1, 3  # this rank's layers of the cache format's four
 
 
-def make_pool(plan, num_pages=40, dtype=torch.bfloat16, num_slots=4):
+def make_pool(cache_format, num_pages=40, dtype=torch.bfloat16, num_slots=4):
     return KVTunerTokenToKVPool(
-        plan,
-        size=(num_pages - 1) * plan.page_size,
+        cache_format,
+        size=(num_pages - 1) * cache_format.page_size,
         num_slots=num_slots,
         kv_heads=HEADS,
         full_precision_dtype=dtype,
@@ -41,10 +41,10 @@ class Oracle:
     """A pool under test beside full-precision copies of every request, and what each page must hold."""
 
     def __init__(self, page_size, residual, num_pages=160, dtype=torch.bfloat16, seed=0, sinks=0):
-        self.plan, self.dtype = mixed_plan(page_size, residual, head_dim=HEAD_DIM, sinks=sinks), dtype
-        self.pool = make_pool(self.plan, num_pages, dtype)
+        self.format, self.dtype = mixed_format(page_size, residual, head_dim=HEAD_DIM, sinks=sinks), dtype
+        self.pool = make_pool(self.format, num_pages, dtype)
         self.table = RequestTable(page_size, len(SLOTS) + 1, num_pages, max_pages=32, seed=seed)
-        self.planner = StepPlanner(self.plan, self.pool.window, self.table)
+        self.planner = StepPlanner(self.format, self.pool.window, self.table)
         self.requests = {}
         self.blocks = {}  # (page, layer, 0 for K or 1 for V) to its block
         self.shared = set()  # pages that a later request took as its prefix
@@ -52,7 +52,7 @@ class Oracle:
 
     def begin(self, slot, prefix_of=None, prefix_pages=0):
         """Put a new request into the slot; its prefix is the first whole pages of another slot's request."""
-        page = self.plan.page_size
+        page = self.format.page_size
         prefix, pages = torch.empty(0, END - START, 2, HEADS, HEAD_DIM, dtype=self.dtype), []
         if prefix_of is not None:
             prefix_pages = min(prefix_pages, len(self.requests[prefix_of]) // page)
@@ -82,27 +82,27 @@ class Oracle:
 
     def expected(self, request, layer, half):
         """What a step must read: every position by the rule of the residual window."""
-        page, tokens = self.plan.page_size, request.tokens[:, layer - START, half]
-        fmt = (self.plan.layers[layer].key, self.plan.layers[layer].value)[half]
+        page, tokens = self.format.page_size, request.tokens[:, layer - START, half]
+        fmt = (self.format.layers[layer].key, self.format.layers[layer].value)[half]
         packed = [
             first
             for first in range(0, len(request), page)
-            if first < request.start or first + page <= len(request) - self.plan.residual_length
+            if first < request.start or first + page <= len(request) - self.format.residual_length
         ]
         result = tokens.float()
         for first in packed:
             block = encode_pages(tokens[first : first + page].transpose(0, 1), fmt)
             result[first : first + page] = decode_pages(block, fmt).transpose(0, 1)
-        sinks = self.plan.layers[layer].sink_length
+        sinks = self.format.layers[layer].sink_length
         result[:sinks] = tokens[:sinks].float()  # in packed pages or not
         return result
 
     def _pack(self, slot, prior, end):
-        page = self.plan.page_size
+        page = self.format.page_size
         for index in range(prior // page, end // page):
             tokens = self.requests[slot].tokens[index * page : (index + 1) * page]
             for layer in range(START, END):
-                formats = self.plan.layers[layer]
+                formats = self.format.layers[layer]
                 for half, fmt in enumerate((formats.key, formats.value)):
                     block = encode_pages(tokens[:, layer - START, half].transpose(0, 1), fmt)
                     self.blocks[self.table.pages[slot][index], layer, half] = block
@@ -210,29 +210,29 @@ def test_other_full_precision_types(dtype):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 def test_memory_is_what_the_formats_say(dtype):
-    plan = mixed_plan(page_size=32, residual=40)
-    pool = make_pool(plan, num_pages=11, dtype=dtype, num_slots=7)
-    local = plan.layers[START:END]
+    cache_format = mixed_format(page_size=32, residual=40)
+    pool = make_pool(cache_format, num_pages=11, dtype=dtype, num_slots=7)
+    local = cache_format.layers[START:END]
     keys = [11 * HEADS * layer.key.block_bytes for layer in local]
     values = [11 * HEADS * layer.value.block_bytes for layer in local]
     assert [t.nbytes for t in pool.keys] == keys and [t.nbytes for t in pool.values] == values
     assert pool.packed_bytes() == sum(layer.page_bytes_per_head for layer in local) * 11 * HEADS
-    ring = 7 * plan.ring_length * HEADS * HEAD_DIM * dtype.itemsize
+    ring = 7 * cache_format.ring_length * HEADS * HEAD_DIM * dtype.itemsize
     assert pool.window.size_bytes() == 2 * len(local) * ring
     assert pool.get_kv_size_bytes() == (sum(keys) + 2 * ring, sum(values) + 2 * ring)
     assert pool.mem_usage * 2**30 == pytest.approx(sum(pool.get_kv_size_bytes()))
 
 
 def test_what_upstream_reads_of_a_pool():
-    plan = mixed_plan(page_size=32, residual=40)
-    pool = make_pool(plan, num_pages=11)
+    cache_format = mixed_format(page_size=32, residual=40)
+    pool = make_pool(cache_format, num_pages=11)
     assert (pool.size, pool.page_size, pool.dtype, pool.layer_num) == (320, 32, torch.uint8, 2)
     assert pool.start_layer == START and pool.full_precision_dtype == torch.bfloat16
 
 
 def test_there_are_no_rows_by_token_slot():
     """Upstream code that writes or reads such rows must fail and not corrupt pages."""
-    pool, rows = make_pool(mixed_plan()), torch.zeros(1, HEADS, HEAD_DIM)
+    pool, rows = make_pool(mixed_format()), torch.zeros(1, HEADS, HEAD_DIM)
     for call in (
         lambda: pool.get_key_buffer(1),
         lambda: pool.get_value_buffer(1),

@@ -1,4 +1,4 @@
-"""The report of /server_info against figures worked out from the plan."""
+"""The report of /server_info against figures worked out from the cache_format."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.cache.report import pool_report
-from sglang.srt.kvtuner.config.cache_format import build_plan
+from sglang.srt.kvtuner.config.cache_format import build_cache_format
 from sglang.srt.kvtuner.config.flags import KVTunerConfig
 from sglang.srt.kvtuner.hooks import contribute_internal_state
 
@@ -15,9 +15,9 @@ LAYERS, HEADS, HEAD_DIM, PAGE, PAGES, SLOTS = 3, 2, 128, 64, 20, 5
 
 
 def make_pool(dtype=torch.bfloat16, **settings):
-    plan = build_plan(KVTunerConfig(**settings), num_layers=LAYERS, head_dim=HEAD_DIM, page_size=PAGE)
+    cache_format = build_cache_format(KVTunerConfig(**settings), num_layers=LAYERS, head_dim=HEAD_DIM, page_size=PAGE)
     return KVTunerTokenToKVPool(
-        plan, size=(PAGES - 1) * PAGE, num_slots=SLOTS, kv_heads=HEADS, full_precision_dtype=dtype, device="cpu",
+        cache_format, size=(PAGES - 1) * PAGE, num_slots=SLOTS, kv_heads=HEADS, full_precision_dtype=dtype, device="cpu",
         start_layer=0, end_layer=LAYERS,
     )  # fmt: skip
 
@@ -74,5 +74,5 @@ def test_the_scheduler_state_gets_the_report():
     scheduler = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool))
     contribute_internal_state(scheduler, state)
     assert state == {"kept": 1, "kvtuner": pool_report(pool)}
-    assert state["kvtuner"]["plan_digest"] == pool.plan.digest()
-    assert state["kvtuner"]["plan"] == pool.plan.describe()
+    assert state["kvtuner"]["format_digest"] == pool.format.digest()
+    assert state["kvtuner"]["format"] == pool.format.describe()

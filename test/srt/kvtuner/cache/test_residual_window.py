@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from harness.cache import mixed_plan
+from harness.cache import mixed_format
 from sglang.srt.kvtuner.cache.residual_window import ResidualWindow, RingLedger
 
 
 def window(residual=20, page_size=16, num_layers=2, num_slots=5, dtype=torch.bfloat16):
-    plan = mixed_plan(page_size, residual)
+    cache_format = mixed_format(page_size, residual)
     shape = dict(num_layers=num_layers, num_slots=num_slots, kv_heads=3, head_dim=16)
-    return ResidualWindow(plan, **shape, dtype=dtype, device="cpu")
+    return ResidualWindow(cache_format, **shape, dtype=dtype, device="cpu")
 
 
 class TestRingLedger:

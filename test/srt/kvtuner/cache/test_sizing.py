@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.cache import mixed_plan
+from harness.cache import mixed_format
 from sglang.srt.kvtuner.cache import sizing
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.cache.sizing import CacheCosts, KVTunerPoolConfigurator
@@ -24,11 +24,11 @@ MB = 1 << 20
 @pytest.mark.parametrize("start, end", [(0, 4), (1, 3)])
 @pytest.mark.parametrize("kv_heads, sinks", [(1, 0), (3, 0), (2, 5)])
 def test_costs_are_the_bytes_of_the_buffers(dtype, start, end, kv_heads, sinks):
-    plan = mixed_plan(page_size=32, residual=40, sinks=sinks)
-    costs = CacheCosts.of(plan, start_layer=start, end_layer=end, kv_heads=kv_heads, itemsize=dtype.itemsize)
+    cache_format = mixed_format(page_size=32, residual=40, sinks=sinks)
+    costs = CacheCosts.of(cache_format, start_layer=start, end_layer=end, kv_heads=kv_heads, itemsize=dtype.itemsize)
     requests, tokens = 5, 9 * 32
     pool = KVTunerTokenToKVPool(
-        plan, size=tokens, num_slots=requests + 1, kv_heads=kv_heads, full_precision_dtype=dtype, device="cpu",
+        cache_format, size=tokens, num_slots=requests + 1, kv_heads=kv_heads, full_precision_dtype=dtype, device="cpu",
         start_layer=start, end_layer=end,
     )  # fmt: skip
     assert pool.packed_bytes() + pool.sinks.size_bytes() == (tokens // 32 + 1) * costs.page_bytes
@@ -205,7 +205,7 @@ def test_a_cache_dtype_that_the_checkpoint_forces_is_refused(serve):
     runner = serve(16 * MB)
     runner.kv_cache_dtype = torch.float8_e4m3fn
     with pytest.raises(KVTunerConfigError, match="KV cache in torch.float8_e4m3fn"):
-        sizing.plan_of(runner)
+        sizing.cache_format_of(runner)
 
 
 def test_without_the_flag_upstream_sizes_its_own_pool(serve, monkeypatch):

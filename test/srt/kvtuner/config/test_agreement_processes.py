@@ -1,4 +1,4 @@
-"""The check that all ranks hold one plan, in real process groups on the loopback interface."""
+"""The check that all ranks hold one cache format, in real process groups on the loopback interface."""
 
 import datetime
 import multiprocessing
@@ -9,16 +9,16 @@ import pytest
 import torch.distributed as dist
 
 from sglang.srt.kvtuner.config import agreement
-from sglang.srt.kvtuner.config.cache_format import build_plan
+from sglang.srt.kvtuner.config.cache_format import build_cache_format
 from sglang.srt.kvtuner.config.flags import KVTunerConfig
 
 # Forked children have everything imported; there are no threads of torch to lose, as tests compute with one.
 processes = multiprocessing.get_context("fork")
 
 
-def plan(**settings):
+def cache_format(**settings):
     shape = {name: settings.pop(name) for name in ("num_layers", "page_size") if name in settings}
-    return build_plan(KVTunerConfig(**settings), head_dim=64, **{"num_layers": 3, "page_size": 64, **shape})
+    return build_cache_format(KVTunerConfig(**settings), head_dim=64, **{"num_layers": 3, "page_size": 64, **shape})
 
 
 def join_group(rank, world_size, port_file):
@@ -39,14 +39,14 @@ def join_group(rank, world_size, port_file):
 
 @pytest.fixture
 def run(tmp_path):
-    """Call with a plan per rank, or a list of things for it to do; returns what each rank raised, or None."""
+    """Call with a cache format per rank, or a list of things for it to do; returns what each rank raised, or None."""
     children = []
 
     def child(rank, world_size, mine, port_file, answers):
         join_group(rank, world_size, port_file)
         outcome = None
         try:
-            mine(rank) if callable(mine) else agreement.require_same_plan(mine)
+            mine(rank) if callable(mine) else agreement.require_same_format(mine)
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
         answers.put((rank, outcome))
@@ -66,12 +66,12 @@ def run(tmp_path):
             process.kill()
 
 
-def test_equal_plans(run):
-    assert run(plan(), plan(), plan()) == [None] * 3
+def test_equal_formats(run):
+    assert run(cache_format(), cache_format(), cache_format()) == [None] * 3
 
 
 def test_different_bits_stop_every_rank(run):
-    raised = run(plan(), plan(), plan(nbits_value=2))
+    raised = run(cache_format(), cache_format(), cache_format(nbits_value=2))
     for rank in (0, 1):
         assert raised[rank].startswith("RuntimeError: ") and f"This is rank {rank} on " in raised[rank]
         assert "rank 2 on " in raised[rank] and "value nbits: here 4, there 2 (all layers)" in raised[rank]
@@ -79,28 +79,28 @@ def test_different_bits_stop_every_rank(run):
 
 
 def test_a_rank_without_the_quantized_cache(run, monkeypatch):
-    """It goes on to other things and never announces a plan: the others must not wait for ever."""
+    """It goes on to other things and never announces a cache format: the others must not wait for ever."""
     monkeypatch.setattr(agreement, "TIMEOUT", datetime.timedelta(seconds=1))
-    raised = run(plan(), lambda rank: None)
+    raised = run(cache_format(), lambda rank: None)
     assert raised[1] is None
-    assert "rank 1 announced no plan within 1 s" in raised[0]
+    assert "rank 1 announced no cache format within 1 s" in raised[0]
 
 
 def test_a_rank_that_comes_late(run):
     def late(rank):
         time.sleep(1)
-        agreement.require_same_plan(plan())
+        agreement.require_same_format(cache_format())
 
-    assert run(plan(), late) == [None] * 2
+    assert run(cache_format(), late) == [None] * 2
 
 
 def test_two_checks_in_one_process_group(run):
-    """A second check, with other plans, does not read what the first one left."""
+    """A second check, with other formats, does not read what the first one left."""
 
     def twice(rank):
-        agreement.require_same_plan(plan())
+        agreement.require_same_format(cache_format())
         time.sleep(0.5 * rank)  # rank 0 looks while rank 1 has announced nothing new
-        agreement.require_same_plan(plan(nbits_key=2 if rank else 8))
+        agreement.require_same_format(cache_format(nbits_key=2 if rank else 8))
 
     raised = run(twice, twice)
     assert "key nbits: here 8, there 2" in raised[0]
@@ -108,9 +108,9 @@ def test_two_checks_in_one_process_group(run):
 
 
 def test_one_rank_needs_no_agreement(run):
-    assert run(plan()) == [None]
+    assert run(cache_format()) == [None]
 
 
 def test_without_a_process_group_there_is_nothing_to_compare():
     assert not dist.is_initialized()
-    agreement.require_same_plan(plan())
+    agreement.require_same_format(cache_format())

@@ -1,22 +1,22 @@
-"""The layer plan: flags against the model, ring length, and a digest that no setting escapes."""
+"""The cache format: flags against the model, ring length, and a digest that no setting escapes."""
 
 from dataclasses import replace
 
 import pytest
 
-from sglang.srt.kvtuner.config.cache_format import build_plan
+from sglang.srt.kvtuner.config.cache_format import build_cache_format
 from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
 
 MODEL = dict(num_layers=3, head_dim=128, page_size=64)
 
 
-def plan_of(model=MODEL, **fields):
-    return build_plan(KVTunerConfig(**fields), **model)
+def cache_format_of(model=MODEL, **fields):
+    return build_cache_format(KVTunerConfig(**fields), **model)
 
 
 def refusal(model, **fields):
     with pytest.raises(KVTunerConfigError) as caught:
-        plan_of({**MODEL, **model}, **fields)
+        cache_format_of({**MODEL, **model}, **fields)
     return str(caught.value)
 
 
@@ -27,9 +27,9 @@ def write_preset(tmp_path, *pairs):
 
 
 def test_every_layer_follows_the_flags():
-    plan = plan_of(nbits_key=8, nbits_value=2, asym=True, axis_key=1, group_size=32, residual_length=5)
-    assert len(plan.layers) == 3 and plan.page_size == 64 and plan.residual_length == 5
-    for layer in plan.layers:
+    cache_format = cache_format_of(nbits_key=8, nbits_value=2, asym=True, axis_key=1, group_size=32, residual_length=5)
+    assert len(cache_format.layers) == 3 and cache_format.page_size == 64 and cache_format.residual_length == 5
+    for layer in cache_format.layers:
         assert (layer.key.nbits, layer.key.axis, layer.key.parameter_shape) == (8, 1, (2, 128))
         assert (layer.value.nbits, layer.value.axis, layer.value.parameter_shape) == (2, 0, (64, 4))
         assert layer.key.asym and layer.value.asym
@@ -37,59 +37,74 @@ def test_every_layer_follows_the_flags():
 
 def test_a_preset_overrides_the_bits_only(tmp_path):
     preset = write_preset(tmp_path, (8, 4), (4, 4), (2, 8))
-    plan = plan_of(preset=preset, nbits_key=2, nbits_value=2, asym=True, axis_value=1, group_size=16)
-    assert [(layer.key.nbits, layer.value.nbits) for layer in plan.layers] == [(8, 4), (4, 4), (2, 8)]
-    assert all(layer.key.asym and layer.value.axis == 1 and layer.key.group_size == 16 for layer in plan.layers)
-    assert plan.nominal_bits() == (14 / 3, 16 / 3)
-    assert plan.stored_bits() == (14 / 3 + 2, 16 / 3 + 2)
-    page_bytes = sum(layer.page_bytes_per_head for layer in plan.layers)
+    cache_format = cache_format_of(preset=preset, nbits_key=2, nbits_value=2, asym=True, axis_value=1, group_size=16)
+    assert [(layer.key.nbits, layer.value.nbits) for layer in cache_format.layers] == [(8, 4), (4, 4), (2, 8)]
+    assert all(layer.key.asym and layer.value.axis == 1 and layer.key.group_size == 16 for layer in cache_format.layers)
+    assert cache_format.nominal_bits() == (14 / 3, 16 / 3)
+    assert cache_format.stored_bits() == (14 / 3 + 2, 16 / 3 + 2)
+    page_bytes = sum(layer.page_bytes_per_head for layer in cache_format.layers)
     assert page_bytes == 64 * 128 * (14 + 16) // 8 + 3 * 2 * (64 * 128 // 16) * 4
-    assert "K2V8/K4V4/K8V4" in plan.describe()
+    assert "K2V8/K4V4/K8V4" in cache_format.describe()
 
 
 def test_layers_that_are_left_alone(tmp_path):
-    plan = plan_of(preset=write_preset(tmp_path, (16, 4), (4, 16), (16, 16)), asym=True, axis_key=1, group_size=32)
-    assert [(layer.key.quantized, layer.value.quantized) for layer in plan.layers] == [
+    cache_format = cache_format_of(
+        preset=write_preset(tmp_path, (16, 4), (4, 16), (16, 16)), asym=True, axis_key=1, group_size=32
+    )
+    assert [(layer.key.quantized, layer.value.quantized) for layer in cache_format.layers] == [
         (False, True), (True, False), (False, False)
     ]  # fmt: skip
-    assert plan.nominal_bits() == (12, 12) and plan.stored_bits() == ((16 + 5 + 16) / 3, (5 + 16 + 16) / 3)
-    assert "K16V16/K16V4/K4V16, asymmetric, K per channel g32, V per token g32" in plan.describe()
-    assert plan_of(nbits_key=16).describe().startswith("3 layers K16V4, symmetric, K bfloat16, V per token g64, ")
-    assert plan_of(nbits_key=16, nbits_value=16).describe().startswith("3 layers K16V16, K bfloat16, V bfloat16, page")
+    assert cache_format.nominal_bits() == (12, 12) and cache_format.stored_bits() == (
+        (16 + 5 + 16) / 3,
+        (5 + 16 + 16) / 3,
+    )
+    assert "K16V16/K16V4/K4V16, asymmetric, K per channel g32, V per token g32" in cache_format.describe()
+    assert (
+        cache_format_of(nbits_key=16).describe().startswith("3 layers K16V4, symmetric, K bfloat16, V per token g64, ")
+    )
+    assert (
+        cache_format_of(nbits_key=16, nbits_value=16)
+        .describe()
+        .startswith("3 layers K16V16, K bfloat16, V bfloat16, page")
+    )
 
 
 def test_settings_of_the_quantizer_mean_nothing_to_bfloat16_pages():
-    bfloat16 = plan_of(nbits_key=16, nbits_value=16)
+    bfloat16 = cache_format_of(nbits_key=16, nbits_value=16)
     # Not even that a group must divide the head.
-    other = plan_of(nbits_key=16, nbits_value=16, asym=True, axis_key=1, axis_value=1, group_size=48)
+    other = cache_format_of(nbits_key=16, nbits_value=16, asym=True, axis_key=1, axis_value=1, group_size=48)
     assert other.digest() == bfloat16.digest() and bfloat16.stored_bits() == (16, 16)
     with pytest.raises(KVTunerConfigError, match="--kvtuner-q-group-size is 48 with --kvtuner-axis-value 0"):
-        plan_of(nbits_key=16, group_size=48)
+        cache_format_of(nbits_key=16, group_size=48)
 
 
 @pytest.mark.parametrize("head_dim, block", [(128, 128), (80, 16), (96, 32)])
 def test_rotated_keys(head_dim, block):
-    plan = plan_of({**MODEL, "head_dim": head_dim}, hadamard_key=True, group_size=16)
-    assert {(layer.key.hadamard, layer.value.hadamard) for layer in plan.layers} == {(block, 0)}
-    assert "K per token g16 rotated, V per token g16, " in plan.describe()
-    assert plan.stored_bits() == plan_of({**MODEL, "head_dim": head_dim}, group_size=16).stored_bits()
+    cache_format = cache_format_of({**MODEL, "head_dim": head_dim}, hadamard_key=True, group_size=16)
+    assert {(layer.key.hadamard, layer.value.hadamard) for layer in cache_format.layers} == {(block, 0)}
+    assert "K per token g16 rotated, V per token g16, " in cache_format.describe()
+    assert cache_format.stored_bits() == cache_format_of({**MODEL, "head_dim": head_dim}, group_size=16).stored_bits()
 
 
 def test_a_preset_chooses_the_layers_whose_keys_are_rotated(tmp_path):
     path = tmp_path / "rotated.yaml"
     bits = "nbits_key: 4, nbits_value: 4"
     path.write_text(f"0: {{{bits}}}\n1: {{{bits}, hadamard_key: true}}\n2: {{nbits_key: 16, nbits_value: 4}}\n")
-    assert [layer.key.hadamard for layer in plan_of(preset=str(path)).layers] == [0, 128, 0]
-    assert "K per token g64 rotated in 1 layers" in plan_of(preset=str(path)).describe()
+    assert [layer.key.hadamard for layer in cache_format_of(preset=str(path)).layers] == [0, 128, 0]
+    assert "K per token g64 rotated in 1 layers" in cache_format_of(preset=str(path)).describe()
     # The flag decides where the preset does not; bfloat16 keys are left alone.
-    assert [layer.key.hadamard for layer in plan_of(preset=str(path), hadamard_key=True).layers] == [128, 128, 0]
+    assert [layer.key.hadamard for layer in cache_format_of(preset=str(path), hadamard_key=True).layers] == [
+        128,
+        128,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("page_size", (16, 64))
 def test_sinks_fit_a_page(page_size):
     model = {**MODEL, "page_size": page_size}
-    assert plan_of(model, sink_length=page_size).describe().endswith(f", sinks {page_size}")
-    assert "sinks" not in plan_of(model).describe()
+    assert cache_format_of(model, sink_length=page_size).describe().endswith(f", sinks {page_size}")
+    assert "sinks" not in cache_format_of(model).describe()
     message = refusal(model, sink_length=page_size + 1)
     assert message == f"--kvtuner-sink-length is {page_size + 1}; valid are 0 to {page_size}, one page (--page-size)"
 
@@ -98,12 +113,12 @@ def test_a_preset_chooses_the_layers_that_keep_sinks(tmp_path):
     path = tmp_path / "sinks.yaml"
     bits = "nbits_key: 4, nbits_value: 4"
     path.write_text(f"0: {{{bits}}}\n1: {{{bits}, sink_length: 4}}\n2: {{{bits}, sink_length: 0}}\n")
-    assert [layer.sink_length for layer in plan_of(preset=str(path)).layers] == [0, 4, 0]
-    assert plan_of(preset=str(path)).describe().endswith(", sinks 4 in 1 layers")
+    assert [layer.sink_length for layer in cache_format_of(preset=str(path)).layers] == [0, 4, 0]
+    assert cache_format_of(preset=str(path)).describe().endswith(", sinks 4 in 1 layers")
     # The flag decides where the preset does not.
-    plan = plan_of(preset=str(path), sink_length=2)
-    assert [layer.sink_length for layer in plan.layers] == [2, 4, 0]
-    assert plan.describe().endswith(", sinks 2 to 4 in 2 layers")
+    cache_format = cache_format_of(preset=str(path), sink_length=2)
+    assert [layer.sink_length for layer in cache_format.layers] == [2, 4, 0]
+    assert cache_format.describe().endswith(", sinks 2 to 4 in 2 layers")
     path.write_text(path.read_text().replace("sink_length: 4", "sink_length: 65"))
     expected = f"--kvtuner-config {path}: sink_length of layer 1 is 65; valid are 0 to 64, one page (--page-size)"
     assert refusal({}, preset=str(path)) == expected
@@ -121,8 +136,8 @@ def test_a_preset_with_fewer_or_more_layers_than_the_model(tmp_path, count):
 
 
 def test_group_of_minus_one_is_the_head():
-    assert plan_of(group_size=-1).layers[0].key.group_size == 128
-    assert plan_of(group_size=-1).layers[0].value.parameter_shape == (64, 1)
+    assert cache_format_of(group_size=-1).layers[0].key.group_size == 128
+    assert cache_format_of(group_size=-1).layers[0].value.parameter_shape == (64, 1)
 
 
 @pytest.mark.parametrize("head_dim, group", [(128, 48), (80, 64), (96, 64), (64, 128)])
@@ -154,21 +169,21 @@ def test_heads_that_leave_a_byte_unfilled(head_dim, bits, flag):
     [(0, 64, 64), (1, 64, 128), (63, 64, 128), (64, 64, 128), (65, 64, 192), (128, 64, 192), (128, 16, 144)],
 )
 def test_ring_length_is_window_and_page_in_whole_pages(residual, page_size, length):
-    plan = plan_of({**MODEL, "page_size": page_size}, residual_length=residual)
-    assert plan.ring_length == length
+    cache_format = cache_format_of({**MODEL, "page_size": page_size}, residual_length=residual)
+    assert cache_format.ring_length == length
     # Tokens that may be asked for: the window, and what keeps its start from being the start of a page.
-    assert plan.ring_length >= residual + page_size - 1 and plan.ring_length % page_size == 0
+    assert cache_format.ring_length >= residual + page_size - 1 and cache_format.ring_length % page_size == 0
 
 
-def test_stored_bits_of_the_default_plan():
-    assert plan_of().stored_bits() == (4.25, 4.25)
-    assert plan_of(asym=True).stored_bits() == (4.5, 4.5)
-    assert plan_of().nominal_bits() == (4, 4)
+def test_stored_bits_of_the_default_format():
+    assert cache_format_of().stored_bits() == (4.25, 4.25)
+    assert cache_format_of(asym=True).stored_bits() == (4.5, 4.5)
+    assert cache_format_of().nominal_bits() == (4, 4)
 
 
 def test_digest_changes_with_every_setting(tmp_path):
     base = dict(nbits_key=4, nbits_value=4, asym=False, axis_key=0, axis_value=0, group_size=64, residual_length=128)
-    plans = [plan_of(**base)]
+    formats = [cache_format_of(**base)]
     for field, value in [
         ("nbits_key", 8),
         ("nbits_value", 8),
@@ -181,14 +196,17 @@ def test_digest_changes_with_every_setting(tmp_path):
         ("hadamard_key", True),
         ("preset", write_preset(tmp_path, (4, 4), (4, 2), (4, 4))),
     ]:
-        plans.append(plan_of(**{**base, field: value}))
+        formats.append(cache_format_of(**{**base, field: value}))
     for field, value in [("num_layers", 4), ("head_dim", 64), ("page_size", 128)]:
-        plans.append(plan_of({**MODEL, field: value}, **base))
-    assert len({plan.digest() for plan in plans}) == len(plans)
-    assert plan_of(**base).digest() == plans[0].digest() == replace(plans[0]).digest()
+        formats.append(cache_format_of({**MODEL, field: value}, **base))
+    assert len({cache_format.digest() for cache_format in formats}) == len(formats)
+    assert cache_format_of(**base).digest() == formats[0].digest() == replace(formats[0]).digest()
 
 
-def test_digest_is_that_of_the_resolved_plan(tmp_path):
-    """Flags that come to the same plan agree: ranks compare what they store, not what was typed."""
-    assert plan_of(group_size=-1).digest() == plan_of(group_size=128).digest()
-    assert plan_of(preset=write_preset(tmp_path, *[(4, 4)] * 3), nbits_key=2).digest() == plan_of().digest()
+def test_digest_is_that_of_the_resolved_format(tmp_path):
+    """Flags that come to the same cache format agree: ranks compare what they store, not what was typed."""
+    assert cache_format_of(group_size=-1).digest() == cache_format_of(group_size=128).digest()
+    assert (
+        cache_format_of(preset=write_preset(tmp_path, *[(4, 4)] * 3), nbits_key=2).digest()
+        == cache_format_of().digest()
+    )

@@ -56,7 +56,7 @@ SHAPE = dict(num_layers=3, head_dim=64, page_size=64)
 
 
 def bits_of(row):
-    return [(layer.key.nbits, layer.value.nbits) for layer in row.plan.layers]
+    return [(layer.key.nbits, layer.value.nbits) for layer in row.cache_format.layers]
 
 
 def test_configurations_become_server_flags():

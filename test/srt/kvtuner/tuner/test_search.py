@@ -58,10 +58,10 @@ def start(tmp_path, monkeypatch):
         run = TuningRun(engine, KVTunerConfig(residual_length=0), Texts(), tmp_path / name)
         measured = []
 
-        def score(plan):
+        def score(cache_format):
             if len(measured) == interrupt_after:
                 raise KeyboardInterrupt
-            mix = tuple(LayerBits(layer.key.nbits, layer.value.nbits) for layer in plan.layers)
+            mix = tuple(LayerBits(layer.key.nbits, layer.value.nbits) for layer in cache_format.layers)
             measured.append(mix)
             return Quality(kl=loss(mix), perplexity=10 + loss(mix), top1=0.5)
 

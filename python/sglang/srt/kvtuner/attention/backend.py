@@ -36,7 +36,7 @@ class KVTunerAttnBackend(AttentionBackend):
         super().__init__()
         self.pool: KVTunerTokenToKVPool = model_runner.token_to_kv_pool
         refuse_unsupported_layers(m for m in model_runner.model.modules() if isinstance(m, RadixAttention))
-        self._planner = StepPlanner(self.pool.plan, self.pool.window, model_runner.req_to_token_pool)
+        self._planner = StepPlanner(self.pool.format, self.pool.window, model_runner.req_to_token_pool)
         self._kernels = choose_kernels(self.pool.device, self.pool.formats)
         self.pool.attention = self._kernels.name if self._kernels else REFERENCE
         self._steps: list[SequenceStep] | BatchPlan = []

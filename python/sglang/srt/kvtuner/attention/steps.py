@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang.srt.kvtuner.cache.residual_window import ResidualWindow
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class BatchPlan:
 class StepPlanner:
     """Builds the steps of a batch from host-side lengths and upstream's request-to-token table."""
 
-    def __init__(self, plan: CachePlan, window: ResidualWindow, req_to_token_pool) -> None:
+    def __init__(self, plan: CacheFormat, window: ResidualWindow, req_to_token_pool) -> None:
         self._page_size = plan.page_size
         self._residual = plan.residual_length
         self._window = window

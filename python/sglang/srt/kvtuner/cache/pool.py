@@ -10,7 +10,7 @@ from sglang.srt.kvtuner.attention.steps import SequenceStep
 from sglang.srt.kvtuner.cache import huge_pages
 from sglang.srt.kvtuner.cache.residual_window import ResidualWindow
 from sglang.srt.kvtuner.cache.sinks import Sinks
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 from sglang.srt.kvtuner.format.formats import TensorFormat
 from sglang.srt.kvtuner.format.page_codec import decode_pages, encode_pages
 from sglang.srt.mem_cache.memory_pool import KVCache
@@ -26,7 +26,7 @@ class KVTunerTokenToKVPool(KVCache):
 
     def __init__(
         self,
-        plan: CachePlan,
+        cache_format: CacheFormat,
         *,
         size: int,
         num_slots: int,
@@ -40,7 +40,7 @@ class KVTunerTokenToKVPool(KVCache):
         # through get_key_buffer, away from packed pages.
         super().__init__(
             size=size,
-            page_size=plan.page_size,
+            page_size=cache_format.page_size,
             dtype=torch.uint8,
             layer_num=end_layer - start_layer,
             device=device,
@@ -48,13 +48,13 @@ class KVTunerTokenToKVPool(KVCache):
             start_layer=start_layer,
             end_layer=end_layer,
         )
-        self.plan = plan
+        self.format = cache_format
         self.attention = "none yet"
         self.kv_heads = kv_heads
-        self.head_dim = plan.layers[start_layer].key.head_dim
+        self.head_dim = cache_format.layers[start_layer].key.head_dim
         self.full_precision_dtype = full_precision_dtype
-        self.formats = plan.layers[start_layer:end_layer]
-        num_pages = size // plan.page_size + 1
+        self.formats = cache_format.layers[start_layer:end_layer]
+        num_pages = size // cache_format.page_size + 1
 
         def buffers(formats: list[TensorFormat]) -> list[torch.Tensor]:
             shapes = [(num_pages, kv_heads, fmt.block_bytes) for fmt in formats]
@@ -68,7 +68,7 @@ class KVTunerTokenToKVPool(KVCache):
             dtype=full_precision_dtype,
             device=device,
         )
-        self.window = ResidualWindow(plan, num_layers=self.layer_num, num_slots=num_slots, **rows)
+        self.window = ResidualWindow(cache_format, num_layers=self.layer_num, num_slots=num_slots, **rows)
         self.sinks = Sinks([layer.sink_length for layer in self.formats], num_pages=num_pages, **rows)
         self.mem_usage = sum(self.get_kv_size_bytes()) / (1 << 30)
 

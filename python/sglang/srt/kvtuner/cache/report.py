@@ -20,14 +20,14 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
     pool_bytes = key_bytes + value_bytes + sink_bytes
     ring_bytes = pool.window.size_bytes()
     full_token_bytes = 2 * pool.layer_num * pool.kv_heads * pool.head_dim * pool.full_precision_dtype.itemsize
-    nominal_key, nominal_value = pool.plan.nominal_bits()
+    nominal_key, nominal_value = pool.format.nominal_bits()
     return {
-        "plan": pool.plan.describe(),
-        "plan_digest": pool.plan.digest(),
+        "format": pool.format.describe(),
+        "format_digest": pool.format.digest(),
         "attention": pool.attention,
         "average_bits_key": nominal_key,
         "average_bits_value": nominal_value,
-        "hadamard_key_layers": sum(layer.key.hadamard > 0 for layer in pool.plan.layers),
+        "hadamard_key_layers": sum(layer.key.hadamard > 0 for layer in pool.format.layers),
         "stored_bits_key": key_bytes * 8 / elements,
         "stored_bits_value": value_bytes * 8 / elements,
         "stored_bits": (key_bytes + value_bytes) * 8 / (2 * elements),

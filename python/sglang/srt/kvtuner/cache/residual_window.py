@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from sglang.srt.kvtuner.cache import huge_pages
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 
 
 class RingLedger:
@@ -45,7 +45,7 @@ class ResidualWindow:
 
     def __init__(
         self,
-        plan: CachePlan,
+        cache_format: CacheFormat,
         *,
         num_layers: int,
         num_slots: int,
@@ -54,7 +54,7 @@ class ResidualWindow:
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        self.length = plan.ring_length
+        self.length = cache_format.ring_length
         self.ledger = RingLedger(num_slots)
         shapes = [(num_slots, self.length, kv_heads, head_dim)] * num_layers
         self.keys = huge_pages.zeros(shapes, dtype, device)

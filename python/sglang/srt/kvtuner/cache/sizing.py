@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig, MemoryPoolConfigurator
 
@@ -38,18 +38,20 @@ class CacheCosts:
     sink_bytes: int = 0
 
     @classmethod
-    def of(cls, plan: CachePlan, *, start_layer: int, end_layer: int, kv_heads: int, itemsize: int) -> CacheCosts:
+    def of(
+        cls, cache_format: CacheFormat, *, start_layer: int, end_layer: int, kv_heads: int, itemsize: int
+    ) -> CacheCosts:
         """Costs of the layers [start_layer, end_layer) with ``kv_heads`` local heads; ``itemsize`` is the bytes of a
         full-precision element."""
-        layers = plan.layers[start_layer:end_layer]
+        layers = cache_format.layers[start_layer:end_layer]
         of_layers = [(layer.key.head_dim + layer.value.head_dim) * kv_heads for layer in layers]
         elements = sum(of_layers)
         sink_bytes = sum(layer.sink_length * count for layer, count in zip(layers, of_layers)) * itemsize
         return cls(
             page_bytes=sum(layer.page_bytes_per_head for layer in layers) * kv_heads + sink_bytes,
-            ring_bytes=plan.ring_length * elements * itemsize,
+            ring_bytes=cache_format.ring_length * elements * itemsize,
             full_token_bytes=elements * itemsize,
-            page_size=plan.page_size,
+            page_size=cache_format.page_size,
             sink_bytes=sink_bytes,
         )
 
@@ -79,19 +81,19 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
 
     def __init__(self, kvc: KVCacheConfigurator) -> None:
         self._kvc = kvc
-        self._plan = plan_of(kvc)
-        self._costs = costs_of(kvc, self._plan)
+        self._format = cache_format_of(kvc)
+        self._costs = costs_of(kvc, self._format)
         self._requests: int | None = None
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
         """Tokens and ring requests for a budget in bytes.
 
-        Raises KVTunerConfigError when rings leave no room for a page, and RuntimeError when ranks hold different plans.
+        Raises KVTunerConfigError when rings leave no room for a page, and RuntimeError when ranks hold different cache formats.
         """
-        from sglang.srt.kvtuner.config.agreement import require_same_plan
+        from sglang.srt.kvtuner.config.agreement import require_same_format
 
         # Every rank comes straight from upstream's collective memory profiling, so they arrive together.
-        require_same_plan(self._plan)
+        require_same_format(self._format)
         requested = self._requested_requests()
         if requested is not None:
             requests = requested
@@ -102,7 +104,7 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         tokens = self._costs.tokens_within(available_bytes, requests)
         if tokens == 0:
             raise KVTunerConfigError(
-                f"--max-running-requests {requests} and --kvtuner-residual-length {self._plan.residual_length} need "
+                f"--max-running-requests {requests} and --kvtuner-residual-length {self._format.residual_length} need "
                 f"{self._costs.rings_bytes(requests) / GB:.2f} GB for residual windows; the KV budget is "
                 f"{available_bytes / GB:.2f} GB. Lower one of them, or raise --mem-fraction-static"
             )
@@ -142,18 +144,18 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         costs, requests = self._costs, config.max_running_requests
         pages = config.max_total_num_tokens // costs.page_size + 1
         packed, rings = pages * costs.page_bytes, costs.rings_bytes(requests)
-        key_bits, value_bits = self._plan.stored_bits()
-        nominal_key, nominal_value = self._plan.nominal_bits()
+        key_bits, value_bits = self._format.stored_bits()
+        nominal_key, nominal_value = self._format.nominal_bits()
         logger.info(
             "Quantized KV cache: %s; average bits K %.4g, V %.4g, stored K %.4g, V %.4g",
-            self._plan.describe(), nominal_key, nominal_value, key_bits, value_bits,
+            self._format.describe(), nominal_key, nominal_value, key_bits, value_bits,
         )  # fmt: skip
         logger.info(
             "Quantized KV cache memory: packed pages %.3f GB (%d pages of %d tokens, %d bytes each%s), residual windows "
             "%.3f GB (%d requests and 1 padding slot, %d tokens, %d bytes each; %.1f%% of the sum)%s",
             packed / GB, pages, costs.page_size, costs.page_bytes,
             f", {costs.sink_bytes} of them for sinks" if costs.sink_bytes else "",
-            rings / GB, requests, self._plan.ring_length, costs.ring_bytes, 100 * rings / (packed + rings),
+            rings / GB, requests, self._format.ring_length, costs.ring_bytes, 100 * rings / (packed + rings),
             "" if self._requested_requests() is not None
             else f"; --max-running-requests was not given, {requests} requests are admitted",
         )  # fmt: skip
@@ -166,14 +168,14 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         )  # fmt: skip
 
 
-def plan_of(kvc: KVCacheConfigurator) -> CachePlan:
-    """The layer plan for a model runner's cache.
+def cache_format_of(kvc: KVCacheConfigurator) -> CacheFormat:
+    """The cache format for a model runner's cache.
 
     Raises KVTunerConfigError as at start-up, and for a cache dtype that a checkpoint forces.
     """
     import torch
 
-    from sglang.srt.kvtuner.config.cache_format import build_plan
+    from sglang.srt.kvtuner.config.cache_format import build_cache_format
     from sglang.srt.kvtuner.config.flags import KVTunerConfig
     from sglang.srt.runtime_context import get_context
 
@@ -181,7 +183,7 @@ def plan_of(kvc: KVCacheConfigurator) -> CachePlan:
         raise KVTunerConfigError(
             f"the checkpoint asks for a KV cache in {kvc.kv_cache_dtype}, which --enable-kvtuner-quant does not support"
         )
-    return build_plan(
+    return build_cache_format(
         KVTunerConfig.from_args(get_context().config_bag("kvtuner")),
         num_layers=kvc.model_config.num_hidden_layers,
         head_dim=kvc.model_config.head_dim,
@@ -189,10 +191,10 @@ def plan_of(kvc: KVCacheConfigurator) -> CachePlan:
     )
 
 
-def costs_of(kvc: KVCacheConfigurator, plan: CachePlan) -> CacheCosts:
+def costs_of(kvc: KVCacheConfigurator, cache_format: CacheFormat) -> CacheCosts:
     """Bytes of this rank's share of the cache."""
     return CacheCosts.of(
-        plan,
+        cache_format,
         start_layer=kvc.layer_info.start_layer,
         end_layer=kvc.layer_info.end_layer,
         kv_heads=local_kv_heads(kvc),

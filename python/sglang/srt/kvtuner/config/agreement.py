@@ -1,4 +1,4 @@
-"""Do all ranks hold the same layer plan? Checked once, before any memory is sized."""
+"""Do all ranks hold the same cache format? Checked once, before any memory is sized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 
 import torch.distributed as dist
 
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 from sglang.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ TIMEOUT = datetime.timedelta(seconds=60)
 _calls = itertools.count()
 
 
-def require_same_plan(plan: CachePlan) -> None:
-    """Compare this rank's plan with every other rank's.
+def require_same_format(cache_format: CacheFormat) -> None:
+    """Compare this rank's cache format with every other rank's.
 
     Uses the process group's store rather than a collective, so that a rank started without the quantized cache is
     noticed instead of waited for. Raises RuntimeError on every rank, naming the rank and what differs.
@@ -32,10 +32,10 @@ def require_same_plan(plan: CachePlan) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = dist.PrefixStore(f"sglang/kvtuner/plan/{next(_calls)}", dist.distributed_c10d._get_default_store())
     mine = {
-        "digest": plan.digest(),
+        "digest": cache_format.digest(),
         "host": socket.gethostname(),
         "version": __version__,
-        "settings": plan.settings(),
+        "settings": cache_format.settings(),
     }
     store.set(f"plan/{rank}", json.dumps(mine))
     announced = _await_announcements(store, _describe([rank], mine), world_size)
@@ -43,10 +43,10 @@ def require_same_plan(plan: CachePlan) -> None:
     _wait_for_readers(store, rank, world_size)
     if problems:
         raise RuntimeError(
-            f"Quantized KV cache: ranks hold different plans. This is {_describe([rank], mine)}. "
+            f"Quantized KV cache: ranks hold different cache formats. This is {_describe([rank], mine)}. "
             f"{'. '.join(problems)}. Start every node with the same --kvtuner-* flags"
         )
-    logger.info("Quantized KV cache: all %d ranks hold plan %s", world_size, mine["digest"][:12])
+    logger.info("Quantized KV cache: all %d ranks hold cache format %s", world_size, mine["digest"][:12])
 
 
 def differences(mine: dict, theirs: dict) -> list[str]:
@@ -69,7 +69,7 @@ def differences(mine: dict, theirs: dict) -> list[str]:
 
 
 def _layer_settings(layer: dict) -> dict:
-    """A layer's settings by name, without the page size, which is that of the plan."""
+    """A layer's settings by name, without the page size, which is that of the cache_format."""
     halves = {f"{half} {name}": value for half in ("key", "value") for name, value in layer[half].items()}
     found = {**halves, "sink_length": layer.get("sink_length")}
     return {name: value for name, value in found.items() if not name.endswith(" page_size")}
@@ -84,9 +84,9 @@ def _await_announcements(store: dist.Store, mine: str, world_size: int) -> list[
     except RuntimeError as error:
         silent = _silent_ranks(store, keys)
         if silent is None:
-            reason = "rank 0's node ended before every rank had announced its plan; its log says more"
+            reason = "rank 0's node ended before every rank had announced its cache format; its log says more"
         else:
-            reason = f"{_ranks(silent) if silent else 'a rank'} announced no plan within {TIMEOUT.seconds} s"
+            reason = f"{_ranks(silent) if silent else 'a rank'} announced no cache format within {TIMEOUT.seconds} s"
         raise RuntimeError(
             f"Quantized KV cache: {reason} (seen from {mine}). Start every node with --enable-kvtuner-quant and the "
             "same --kvtuner-* flags"
@@ -102,7 +102,7 @@ def _silent_ranks(store: dist.Store, keys: list[str]) -> list[int] | None:
 
 
 def _problems(mine: dict, announced: list[dict]) -> list[str]:
-    """One sentence for every host and plan that differs from ``mine``."""
+    """One sentence for every host and cache format that differs from ``mine``."""
     groups: dict[tuple[str, str], list[int]] = {}
     for other, theirs in enumerate(announced):
         if theirs["digest"] != mine["digest"]:
@@ -129,7 +129,7 @@ def _wait_for_readers(store: dist.Store, rank: int, world_size: int) -> None:
 
 
 def _describe(ranks: list[int], announcement: dict) -> str:
-    return f"{_ranks(ranks)} on {announcement['host']} (plan {announcement['digest'][:12]})"
+    return f"{_ranks(ranks)} on {announcement['host']} (cache format {announcement['digest'][:12]})"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The layer plan: one frozen object that says what every layer of the cache stores."""
+"""The cache format: one frozen object that says what every layer of the cache stores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang.srt.kvtuner.format.quantizer import PER_TOKEN, UNQUANTIZED_BITS
 
 
 @dataclass(frozen=True)
-class CachePlan:
+class CacheFormat:
     """Formats of all layers (global layer order), page size in tokens, and how many of the newest tokens stay in full
     precision."""
 
@@ -46,7 +46,7 @@ class CachePlan:
         )
 
     def settings(self) -> dict:
-        """The plan as plain values: what ranks compare, and what :meth:`digest` hashes."""
+        """The cache format as plain values: what ranks compare, and what :meth:`digest` hashes."""
         return {
             "page_size": self.page_size,
             "residual_length": self.residual_length,
@@ -76,7 +76,7 @@ class CachePlan:
         )
 
 
-def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_size: int) -> CachePlan:
+def build_cache_format(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_size: int) -> CacheFormat:
     """Resolve the flags for a model of ``num_layers`` layers with ``head_dim`` elements per head.
 
     Raises KVTunerConfigError, naming the flag, where the model and the flags do not fit.
@@ -112,7 +112,7 @@ def build_plan(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_si
         for b in bits
     )
     _refuse_sinks_beyond_a_page(config, bits, page_size)
-    return CachePlan(layers=layers, page_size=page_size, residual_length=config.residual_length)
+    return CacheFormat(layers=layers, page_size=page_size, residual_length=config.residual_length)
 
 
 def _describe_groups(formats: list[TensorFormat]) -> str:

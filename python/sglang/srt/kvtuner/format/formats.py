@@ -54,7 +54,7 @@ class TensorFormat:
 
     @classmethod
     def unquantized(cls, page_size: int, head_dim: int, token_lanes: bool = False) -> TensorFormat:
-        """bfloat16 pages: 16 stored bits per element. There is one such format per shape, so that plans which store
+        """bfloat16 pages: 16 stored bits per element. There is one such format per shape, so that formats which store
         the same are equal; asym, axis, group_size and hadamard mean nothing in it."""
         return cls(UNQUANTIZED_BITS, False, PER_TOKEN, head_dim, page_size, head_dim, token_lanes)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.kvtuner.tuner.errors import TuningError
 
@@ -94,12 +94,12 @@ class TunerEngine:
         """As :meth:`quantized_logits`, with upstream's unquantized cache."""
         return self._logits(windows, *self._reference)
 
-    def quantized_logits(self, windows: torch.Tensor, plan: CachePlan) -> Iterator[torch.Tensor]:
+    def quantized_logits(self, windows: torch.Tensor, cache_format: CacheFormat) -> Iterator[torch.Tensor]:
         """Logits at the scored positions, float32 [positions, vocabulary] per chunk but the first.
 
         windows: int64 [batch, window]. See :meth:`scored_columns` for the positions.
         """
-        return self._logits(windows, *self._packed_cache(plan))
+        return self._logits(windows, *self._packed_cache(cache_format))
 
     def probe(self, windows: torch.Tensor, observe: Callable[..., torch.Tensor]) -> None:
         """Run windows unquantized, each in one step, with ``observe(q, k, v, layer_id, scaling)`` as the attention.
@@ -117,13 +117,13 @@ class TunerEngine:
             for begin in range(s.chunk, s.window, s.chunk)
         ]
 
-    def _packed_cache(self, plan: CachePlan) -> tuple[Any, Any]:
+    def _packed_cache(self, cache_format: CacheFormat) -> tuple[Any, Any]:
         from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
         from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 
         runner = self._runner
         pool = KVTunerTokenToKVPool(
-            plan,
+            cache_format,
             size=self.settings.batch * self.settings.window,
             num_slots=runner.req_to_token_pool.req_to_token.shape[0],
             kv_heads=self.kv_heads,

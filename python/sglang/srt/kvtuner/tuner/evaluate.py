@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sglang.srt.kvtuner.config.cache_format import CachePlan, build_plan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat, build_cache_format
 from sglang.srt.kvtuner.config.flags import KVTunerConfig
 from sglang.srt.kvtuner.config.preset_header import recipe_flags
 from sglang.srt.kvtuner.tuner.outputs import QUALITY_HEAD, quality_cells, text_table, write_json, write_text
@@ -19,11 +19,11 @@ UNQUANTIZED = "unquantized"
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row: without ``config`` and ``plan`` it is upstream's cache. flags: what a server takes for it."""
+    """One row: without ``config`` and ``cache_format`` it is upstream's cache. flags: what a server takes for it."""
 
     name: str
     config: KVTunerConfig | None = None
-    plan: CachePlan | None = None
+    cache_format: CacheFormat | None = None
 
     @property
     def flags(self) -> list[str]:
@@ -65,7 +65,7 @@ def parse_configuration(spec: str, base: KVTunerConfig, **shape: int) -> Configu
     else:
         pair = parse_pair(bits)
         config = replace(config, nbits_key=pair.key, nbits_value=pair.value, preset=None)
-    return Configuration(spec, config, build_plan(config, **shape))
+    return Configuration(spec, config, build_cache_format(config, **shape))
 
 
 def evaluate(
@@ -109,11 +109,17 @@ def table(rows: list[Row]) -> str:
 
 
 def _score(run: TuningRun, configuration: Configuration) -> Row:
-    plan, scorer = configuration.plan, run.scorer(FINAL)
-    if plan is None:
+    cache_format, scorer = configuration.cache_format, run.scorer(FINAL)
+    if cache_format is None:
         bits = 8.0 * run.engine.full_precision_bytes
         return Row(configuration, bits, bits, scorer.unquantized(), {})
-    return Row(configuration, sum(plan.nominal_bits()) / 2, sum(plan.stored_bits()) / 2, scorer.score(plan), {})
+    return Row(
+        configuration,
+        sum(cache_format.nominal_bits()) / 2,
+        sum(cache_format.stored_bits()) / 2,
+        scorer.score(cache_format),
+        {},
+    )
 
 
 def _write(run: TuningRun, rows: list[Row]) -> None:

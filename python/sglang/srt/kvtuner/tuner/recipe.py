@@ -1,4 +1,4 @@
-"""Pairs of bits, and cache plans that mix them over layers within one recipe (axes, symmetry, group size)."""
+"""Pairs of bits, and cache formats that mix them over layers within one recipe (axes, symmetry, group size)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from itertools import product
 
-from sglang.srt.kvtuner.config.cache_format import CachePlan, build_plan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat, build_cache_format
 from sglang.srt.kvtuner.config.flags import KVTunerConfig
 from sglang.srt.kvtuner.config.preset import LayerBits
 from sglang.srt.kvtuner.format.quantizer import SUPPORTED_BITS
@@ -54,12 +54,12 @@ def parse_recipe(name: str, base: KVTunerConfig) -> KVTunerConfig:
     )
 
 
-class PlanMaker:
-    """Cache plans for one model and recipe."""
+class FormatMaker:
+    """Cache formats for one model and recipe."""
 
     def __init__(self, config: KVTunerConfig, *, num_layers: int, head_dim: int, page_size: int) -> None:
         self._uniform = {
-            pair: build_plan(
+            pair: build_cache_format(
                 replace(config, nbits_key=pair.key, nbits_value=pair.value, preset=None),
                 num_layers=num_layers,
                 head_dim=head_dim,
@@ -68,10 +68,10 @@ class PlanMaker:
             for pair in ALL_PAIRS
         }
 
-    def plan(self, mix: tuple[LayerBits, ...]) -> CachePlan:
-        """The plan whose layer i has the pair ``mix[i]``."""
+    def cache_format(self, mix: tuple[LayerBits, ...]) -> CacheFormat:
+        """The cache format whose layer i has the pair ``mix[i]``."""
         return replace(self._uniform[mix[0]], layers=tuple(self._uniform[pair].layers[i] for i, pair in enumerate(mix)))
 
     def stored_bits(self, mix: tuple[LayerBits, ...]) -> float:
         """Stored bits per element, scales and zero points included, the mean of K and V over layers."""
-        return sum(self.plan(mix).stored_bits()) / 2
+        return sum(self.cache_format(mix).stored_bits()) / 2

@@ -12,7 +12,7 @@ from sglang.srt.kvtuner.config.flags import KVTunerConfig
 from sglang.srt.kvtuner.config.preset_header import recipe_flags
 from sglang.srt.kvtuner.tuner.engine import TunerEngine
 from sglang.srt.kvtuner.tuner.journal import Journal, Mix
-from sglang.srt.kvtuner.tuner.recipe import PlanMaker
+from sglang.srt.kvtuner.tuner.recipe import FormatMaker
 from sglang.srt.kvtuner.tuner.score import Quality, Scorer
 from sglang.srt.kvtuner.tuner.text import TextSplit
 
@@ -34,13 +34,13 @@ class TuningRun:
 
     @property
     def shape(self) -> dict[str, int]:
-        """What a plan takes from the model and the engine."""
+        """What a cache format takes from the model and the engine."""
         engine = self.engine
         return dict(num_layers=engine.num_layers, head_dim=engine.head_dim, page_size=engine.settings.page_size)
 
     @cached_property
-    def plans(self) -> PlanMaker:
-        return PlanMaker(self.config, **self.shape)
+    def formats(self) -> FormatMaker:
+        return FormatMaker(self.config, **self.shape)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class TuningRun:
         """Quality of a mix on one of the texts, from the journal or measured and written down."""
         found = self.journal.get(text, mix)
         if found is None:
-            found = self.scorer(text).score(self.plans.plan(mix))
+            found = self.scorer(text).score(self.formats.cache_format(mix))
             self.journal.add(text, mix, found)
         return found
 

@@ -1,4 +1,4 @@
-"""Quality of a cache plan on text: what the packed cache changes in the engine's next-token predictions."""
+"""Quality of a cache format on text: what the packed cache changes in the engine's next-token predictions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.kvtuner.config.cache_format import CachePlan
+from sglang.srt.kvtuner.config.cache_format import CacheFormat
 from sglang.srt.kvtuner.tuner.engine import TunerEngine
 from sglang.srt.kvtuner.tuner.text import Windows
 
@@ -16,7 +16,7 @@ from sglang.srt.kvtuner.tuner.text import Windows
 class Quality:
     """Means over the scored positions of a text.
 
-    kl: Kullback-Leibler divergence of the plan's prediction from the unquantized one, in nats. perplexity: of the text.
+    kl: Kullback-Leibler divergence of the cache format's prediction from the unquantized one, in nats. perplexity: of the text.
     top1: share of positions where both predict the same token.
     """
 
@@ -26,7 +26,7 @@ class Quality:
 
 
 class Scorer:
-    """Scores plans on one text. Keeps the unquantized log-probabilities of all scored positions in float32."""
+    """Scores formats on one text. Keeps the unquantized log-probabilities of all scored positions in float32."""
 
     def __init__(self, engine: TunerEngine, text: Windows) -> None:
         self._engine = engine
@@ -43,11 +43,11 @@ class Scorer:
         return Quality(kl=0.0, perplexity=math.exp(loss / count), top1=1.0)
 
     @torch.no_grad()
-    def score(self, plan: CachePlan) -> Quality:
-        """Run the text through a packed cache of this plan."""
+    def score(self, cache_format: CacheFormat) -> Quality:
+        """Run the text through a packed cache of this cache_format."""
         divergence = loss = agreed = count = 0.0
         for batch, reference in zip(self._batches, self._references()):
-            found = self._engine.quantized_logits(batch, plan)
+            found = self._engine.quantized_logits(batch, cache_format)
             for expected, logits, targets in zip(reference, found, self._targets(batch), strict=True):
                 logprobs = logits.log_softmax(-1)
                 divergence += float((expected.exp() * (expected - logprobs)).sum(-1).double().sum())

@@ -88,7 +88,7 @@ def search(run: TuningRun, settings: SearchSettings) -> list[FrontPoint]:
 
 def pareto_points(run: TuningRun, scored: dict[Mix, Quality]) -> list[FrontPoint]:
     """The mixes that no other beats with at most their bits and at most their divergence, by rising bits."""
-    points = [FrontPoint(mix, average_bits(mix), run.plans.stored_bits(mix), q) for mix, q in scored.items()]
+    points = [FrontPoint(mix, average_bits(mix), run.formats.stored_bits(mix), q) for mix, q in scored.items()]
     points.sort(key=lambda point: (point.nominal_bits, point.quality.kl))
     return falling(points, lambda point: point.quality.kl)
 
@@ -133,7 +133,7 @@ def _write_groups(run: TuningRun, groups: tuple[LayerGroup, ...]) -> None:
 def _write_front(
     run: TuningRun, front: list[FrontPoint], scored: dict[Mix, Quality], uniform: dict[Mix, Quality]
 ) -> None:
-    bits = run.plans.stored_bits
+    bits = run.formats.stored_bits
     names = [f"front-{i:02d}-{point.nominal_bits:.2f}bits.yaml" for i, point in enumerate(front)]
     for old in (run.folder / "presets").glob("front-*.yaml"):
         old.unlink()
