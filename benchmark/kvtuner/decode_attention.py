@@ -25,7 +25,7 @@ from sglang.srt.kvtuner.attention.backend import attend
 from sglang.srt.kvtuner.cache import huge_pages
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.hadamard import block_size
-from sglang.srt.kvtuner.format.page_codec import decode_pages
+from sglang.srt.kvtuner.format.page_codec import unpack_pages
 from sglang.srt.kvtuner.format.quantizer import STORED_BITS, UNQUANTIZED_BITS
 
 PAGE = 64
@@ -87,7 +87,7 @@ class Packed:
         self.shape, self.label = shape, label
         x = torch.randn(2, DISTINCT_PAGES, PAGE, shape.head_dim)
         blocks = [kernels_cpu.pack_pages(x[i], fmt) for i, fmt in enumerate((layer.key, layer.value))]
-        self.values = torch.stack([decode_pages(b, f) for b, f in zip(blocks, (layer.key, layer.value))])
+        self.values = torch.stack([unpack_pages(b, f) for b, f in zip(blocks, (layer.key, layer.value))])
         self.formats = kernels_cpu.format_numbers(layer)
         which = torch.randint(DISTINCT_PAGES, (2, shape.num_pages, shape.kv_heads))
         self.which = which

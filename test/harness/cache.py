@@ -12,12 +12,12 @@ def mixed_format(page_size=16, residual=16, layers=4, head_dim=16, sinks=0):
     """A cache format whose layers differ in bits, axis, group and rotation, as a preset's do and more; every second layer keeps
     ``sinks``."""
 
-    def tensor(nbits, axis, group, asym, hadamard=0):
-        return TensorFormat(nbits, asym, axis, group, page_size, head_dim, hadamard=hadamard)
+    def tensor(nbits, axis, group, asym, hadamard=0, token_lanes=True):
+        return TensorFormat(nbits, asym, axis, group, page_size, head_dim, token_lanes, hadamard)
 
     formats = [
-        LayerFormat(tensor(8, 0, head_dim, False), tensor(4, 1, 16, False)),
-        LayerFormat(tensor(4, 1, page_size, True, hadamard=16), tensor(2, 0, 8, True)),
+        LayerFormat(tensor(8, 0, head_dim, False), tensor(4, 1, 16, False, token_lanes=False)),
+        LayerFormat(tensor(4, 1, page_size, True, hadamard=16), tensor(2, 0, 8, True, token_lanes=False)),
         LayerFormat(tensor(2, 0, 4, False), TensorFormat.unquantized(page_size, head_dim)),
     ]
     chosen = tuple(replace(formats[i % len(formats)], sink_length=sinks * (i % 2)) for i in range(layers))

@@ -1,6 +1,6 @@
 """The formats that the suites run on, by name: every width, symmetry, axis, orientation and rotation on several shapes."""
 
-from sglang.srt.kvtuner.format.formats import TensorFormat
+from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.hadamard import block_size
 
 # Tokens of a page, head_dim, group. A group that does not divide what its axis groups gives no format.
@@ -55,3 +55,28 @@ def all_formats(shapes=SHAPES + ROW_SHAPES):
                             fmt = tensor_format(nbits, asym, axis, group, page, head_dim, token_lanes, rotated)
                             found[name_of(fmt)] = fmt
     return found
+
+
+# Error of an output row relative to its norm that kernels may add to the format's own: they multiply rounded rows.
+ATTENTION_TOLERANCE = 2e-3
+
+
+def random_format(rng, page, head_dim, token_lanes):
+    """A format that kernels take, drawn with ``rng``."""
+    nbits, axis = rng.choice((2, 4, 8, 16)), rng.choice((0, 1))
+    groups = [g for g in (16, 32, 48, 64, 80, 96, 128, 256) if (head_dim, page)[axis] % g == 0]
+    asym, rotated = rng.random() < 0.5, token_lanes and rng.random() < 0.5
+    return tensor_format(nbits, asym, axis, rng.choice(groups), page, head_dim, token_lanes, rotated)
+
+
+def mixed_layers(page, sinks=0, head_dim=64):
+    """Formats of layers that differ in everything, all of them for kernels; the second keeps ``sinks``."""
+
+    def half(nbits, asym, axis, token_lanes, rotated=False):
+        return tensor_format(nbits, asym, axis, 16, page, head_dim, token_lanes, rotated)
+
+    return (
+        LayerFormat(half(8, False, 0, True), half(4, False, 1, False)),
+        LayerFormat(half(4, True, 1, True, rotated=True), half(2, True, 0, False), sinks),
+        LayerFormat(half(2, False, 0, True), half(16, False, 0, False)),
+    )

@@ -12,7 +12,7 @@ from sglang.srt.kvtuner.attention import backend
 from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend, attend
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
-from sglang.srt.kvtuner.format.page_codec import decode_pages, encode_pages
+from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -127,8 +127,8 @@ class Server:
         """Earlier tokens as a step sees them: whole pages outside the window went through the codec."""
         seen, page = tokens.clone(), self.plan.page_size
         for first in range(0, (len(tokens) - self.plan.residual_length) // page * page, page):
-            block = encode_pages(tokens[first : first + page].transpose(0, 1), fmt)
-            seen[first : first + page] = decode_pages(block, fmt).transpose(0, 1)
+            block = pack_pages(tokens[first : first + page].transpose(0, 1), fmt)
+            seen[first : first + page] = unpack_pages(block, fmt).transpose(0, 1)
         return seen
 
 

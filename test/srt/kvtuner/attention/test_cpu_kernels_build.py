@@ -23,11 +23,11 @@ import logging, sys, torch
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from sglang.srt.kvtuner.attention import cpu as kernels_cpu
 from sglang.srt.kvtuner.format.formats import TensorFormat
-from sglang.srt.kvtuner.format.page_codec import encode_pages
+from sglang.srt.kvtuner.format.page_codec import pack_pages
 fmt = TensorFormat(4, True, 1, 32, 64, 64, True)
 pages = torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(0))
 try:
-    right = torch.equal(kernels_cpu.pack_pages(pages, fmt), encode_pages(pages, fmt))
+    right = torch.equal(kernels_cpu.pack_pages(pages, fmt), pack_pages(pages, fmt))
     print(kernels_cpu.module().body_name(), "right" if right else "wrong")
 except ValueError as error:
     print("refused:", error)

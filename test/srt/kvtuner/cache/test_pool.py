@@ -8,7 +8,7 @@ import torch
 from harness.cache import RequestTable, mixed_format
 from sglang.srt.kvtuner.attention.steps import StepPlanner
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
-from sglang.srt.kvtuner.format.page_codec import decode_pages, encode_pages
+from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
 
 HEADS, HEAD_DIM, SLOTS = 2, 16, (1, 2, 3)
 START, END = 1, 3  # this rank's layers of the cache format's four
@@ -91,8 +91,8 @@ class Oracle:
         ]
         result = tokens.float()
         for first in packed:
-            block = encode_pages(tokens[first : first + page].transpose(0, 1), fmt)
-            result[first : first + page] = decode_pages(block, fmt).transpose(0, 1)
+            block = pack_pages(tokens[first : first + page].transpose(0, 1), fmt)
+            result[first : first + page] = unpack_pages(block, fmt).transpose(0, 1)
         sinks = self.format.layers[layer].sink_length
         result[:sinks] = tokens[:sinks].float()  # in packed pages or not
         return result
@@ -104,7 +104,7 @@ class Oracle:
             for layer in range(START, END):
                 formats = self.format.layers[layer]
                 for half, fmt in enumerate((formats.key, formats.value)):
-                    block = encode_pages(tokens[:, layer - START, half].transpose(0, 1), fmt)
+                    block = pack_pages(tokens[:, layer - START, half].transpose(0, 1), fmt)
                     self.blocks[self.table.pages[slot][index], layer, half] = block
 
     def check_pages(self):

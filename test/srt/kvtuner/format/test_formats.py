@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
-from sglang.srt.kvtuner.format.page_codec import encode_pages
+from sglang.srt.kvtuner.format.page_codec import pack_pages
 
 BITS, HEAD_DIMS, PAGES = (2, 4, 8), (64, 80, 96, 128, 256), (16, 32, 64)
 
@@ -29,7 +29,7 @@ def test_a_block_takes_the_bytes_that_its_format_says(axis, head_dim):
         parameters = elements // fmt.group_size * (2 if fmt.asym else 1)
         expected = elements * fmt.nbits // 8 + 2 * parameters
         assert fmt.block_bytes == expected, fmt
-        assert encode_pages(torch.zeros(2, fmt.page_size, head_dim), fmt).shape == (2, expected), fmt
+        assert pack_pages(torch.zeros(2, fmt.page_size, head_dim), fmt).shape == (2, expected), fmt
         assert fmt.stored_bits == pytest.approx(fmt.nbits + (32 if fmt.asym else 16) / fmt.group_size)
 
 
@@ -54,7 +54,7 @@ def test_parts_of_a_block():
 def test_unquantized_blocks_are_values_alone(page, head_dim, token_lanes):
     fmt = TensorFormat.unquantized(page, head_dim, token_lanes)
     assert fmt.block_bytes == fmt.code_bytes == page * head_dim * 2 and fmt.stored_bits == 16
-    assert encode_pages(torch.zeros(3, page, head_dim), fmt).shape == (3, fmt.block_bytes)
+    assert pack_pages(torch.zeros(3, page, head_dim), fmt).shape == (3, fmt.block_bytes)
 
 
 def test_a_layer_adds_its_halves():

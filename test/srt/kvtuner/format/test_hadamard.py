@@ -7,7 +7,7 @@ from harness.fake_quant import Recipe, fake_quantize, hadamard_matrix, window_di
 from harness.text import windows
 from sglang.srt.kvtuner.format.formats import TensorFormat
 from sglang.srt.kvtuner.format.hadamard import block_size, rotate
-from sglang.srt.kvtuner.format.page_codec import decode_pages, encode_pages
+from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
 
 HEAD_DIMS = {64: 64, 128: 128, 256: 256, 80: 16, 96: 32, 48: 16, 24: 8, 6: 2}
 
@@ -47,7 +47,7 @@ def test_rotated_pages_are_those_of_the_simulation(head_dim, nbits, asym, axis, 
     fmt = TensorFormat(nbits, asym, axis, group, 32, head_dim, True, block_size(head_dim))
     matrix = hadamard_matrix(head_dim)
     expected = fake_quantize(x @ matrix, nbits, asym, axis, group) @ matrix
-    error = decode_pages(encode_pages(x, fmt), fmt) - expected
+    error = unpack_pages(pack_pages(x, fmt), fmt) - expected
     # The two add in different orders, so that a value or a scale near the middle of two steps may go either way.
     assert error.norm() < 0.02 * (expected - x).norm()
 
@@ -58,7 +58,7 @@ def test_outlier_channels_lose_their_cost():
     x[..., [3, 40]] *= 30
     plain = TensorFormat(4, False, 0, 64, 64, 64, True)
     rotated = TensorFormat(4, False, 0, 64, 64, 64, True, 64)
-    errors = [(decode_pages(encode_pages(x, fmt), fmt) - x).norm() / x.norm() for fmt in (plain, rotated)]
+    errors = [(unpack_pages(pack_pages(x, fmt), fmt) - x).norm() / x.norm() for fmt in (plain, rotated)]
     assert errors[1] < errors[0] / 1.5
 
 

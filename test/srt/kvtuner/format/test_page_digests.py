@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from harness.formats import all_formats
-from sglang.srt.kvtuner.format.page_codec import decode_pages, encode_pages
+from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
 
 DIGESTS = Path(__file__).resolve().parents[3] / "data" / "page_digests.json"
 FORMATS = all_formats()
@@ -37,8 +37,8 @@ def pages_of(page, head_dim):
 
 def digests_of(fmt):
     x = pages_of(fmt.page_size, fmt.head_dim)
-    blocks = encode_pages(x, fmt)
-    values = decode_pages(blocks, fmt)
+    blocks = pack_pages(x, fmt)
+    values = unpack_pages(blocks, fmt)
     return [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16] for t in (blocks, values)]
 
 

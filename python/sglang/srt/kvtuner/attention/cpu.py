@@ -1,143 +1,92 @@
-"""The C++ kernels for CPUs: attention over the packed cache and storing a step, built on first use.
-
-Sources: sgl-kernel/csrc/kvtuner/cpu and sgl-kernel/include in the repository, ``kernels/jit`` in the package. One build serves
-every x86-64 machine: which body runs is chosen at run time (``SGLANG_KVTUNER_CPU_ISA``: avx512, avx2 or plain).
-"""
+"""The C++ kernels for CPUs behind the interface of kernels."""
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import time
-from functools import cache
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
+from sglang.kernels.ops.attention.kvtuner import cpu as ops
+from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
+from sglang.srt.kvtuner.attention.steps import StepPlan
+from sglang.srt.kvtuner.cache.storage import CacheStorage, LayerStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
-from sglang.srt.kvtuner.format.page_codec import tiled
-
-if TYPE_CHECKING:
-    from sglang.srt.kvtuner.attention.steps import BatchPlan
-    from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
-
-logger = logging.getLogger(__name__)
-
-_SOURCES = ["kernels", "body_avx512", "body_avx2", "body_plain"]
+from sglang.srt.kvtuner.format.layout import VectorLayout
 
 
-class KernelsUnavailable(RuntimeError):
-    """The kernels cannot serve here; the message says why."""
+@dataclass(frozen=True)
+class CpuStep:
+    """A step as the C++ code takes it: ``sequences`` int64 [requests, 6], ``pages`` int32."""
+
+    sequences: torch.Tensor
+    pages: torch.Tensor
 
 
-class CpuKernels:
-    """Attention and storing for a pool on the CPU.
+class CpuKernels(Kernels):
+    """Attention and storing on the CPU, for formats whose codes lie in vectors. Raises KernelsUnavailable when the kernels
+    cannot be built."""
 
-    Raises KernelsUnavailable when the kernels cannot be built, or a layer's format does not fill vectors.
-    """
-
-    def __init__(self, formats: tuple[LayerFormat, ...]) -> None:
-        for layer in formats:
-            for fmt in (layer.key, layer.value):
-                if reason := unsupported(fmt):
-                    raise KernelsUnavailable(reason)
-        self._module = module()
+    def __init__(self, storage: CacheStorage) -> None:
+        super().__init__(storage)
+        try:
+            self._module = ops.module()
+        except ops.KernelBuildError as e:
+            raise KernelsUnavailable(str(e)) from e
         self.name = f"C++ ({self._module.body_name()})"
-        self._formats = [format_numbers(layer) for layer in formats]
+        self._layers = [self._arguments(layer) for layer in storage.layers]
 
-    def forward(
-        self,
-        pool: KVTunerTokenToKVPool,
-        layer_id: int,
-        plan: BatchPlan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scaling: float,
+    @classmethod
+    def supports(cls, layer: LayerFormat) -> str | None:
+        return _unsupported(layer.key) or _unsupported(layer.value)
+
+    def plan(self, step: StepPlan) -> CpuStep:
+        first = torch.arange(step.slots.numel()) * step.pages.shape[1]
+        query_lens = step.query_start.diff()
+        columns = (step.slots, step.query_start[:-1], query_lens, step.prefix_lens, step.packed_end, first)
+        return CpuStep(torch.stack([column.long() for column in columns], dim=1), step.pages)
+
+    def attend(
+        self, layer: int, plan: CpuStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attend, then store the step's own keys and values.
-
-        q: [tokens, heads, head_dim]. k, v: [tokens, kv_heads, head_dim]. Returns [tokens, heads, head_dim] in q's dtype.
-        """
-        i = layer_id - pool.start_layer
         out = torch.empty(q.shape, dtype=q.dtype)
-        cache = (
-            k.to(pool.full_precision_dtype),
-            v.to(pool.full_precision_dtype),
-            pool.window.keys[i],
-            pool.window.values[i],
-            pool.keys[i],
-            pool.values[i],
-            pool.sinks.keys[i],
-            pool.sinks.values[i],
-            plan.sequences,
-            plan.pages,
-            self._formats[i],
-            pool.page_size,
-        )
-        self._module.attend(q, *cache, scaling, out)
-        # Afterwards, since a long chunk overwrites ring rows that its own queries read.
-        self._module.store(*cache)
+        self._module.attend(q, *self._cache(layer, plan, k, v), scaling, out)
         return out
 
+    def store(self, layer: int, plan: CpuStep, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._module.store(*self._cache(layer, plan, k, v))
 
-def unsupported(fmt: TensorFormat) -> str | None:
-    """Why the kernels cannot read blocks of ``fmt``, or None."""
+    @staticmethod
+    def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
+        blocks = torch.empty(x.shape[0], fmt.block_bytes, dtype=torch.uint8)
+        ops.module().pack_pages(
+            x.contiguous(),
+            blocks,
+            fmt.nbits,
+            int(fmt.asym),
+            fmt.axis,
+            fmt.group_size,
+            int(fmt.token_lanes),
+            fmt.hadamard,
+        )
+        return blocks
+
+    def _cache(self, layer: int, plan: CpuStep, k: torch.Tensor, v: torch.Tensor) -> tuple:
+        buffers, formats = self._layers[layer]
+        dtype, page_size = self.storage.dtype, self.storage.page_size
+        return k.to(dtype), v.to(dtype), *buffers, plan.sequences, plan.pages, formats, page_size
+
+    @staticmethod
+    def _arguments(layer: LayerStorage) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        k, v = layer.key, layer.value
+        formats = [[f.nbits, int(f.asym), f.axis, f.group_size, f.hadamard] for f in (k.format, v.format)]
+        return (k.ring, v.ring, k.pages, v.pages, k.sinks, v.sinks), torch.tensor(formats, dtype=torch.int64)
+
+
+def _unsupported(fmt: TensorFormat) -> str | None:
     reduction = fmt.head_dim if fmt.token_lanes else fmt.page_size
-    if not tiled(fmt) or reduction % 16:
+    if not isinstance(fmt.layout, VectorLayout) or reduction % 16:
         return f"pages of {fmt.page_size} tokens and heads of {fmt.head_dim} do not both divide by 16"
     group_along_reduction = (fmt.axis == 0) == fmt.token_lanes
     if fmt.group_size % (32 // fmt.nbits if group_along_reduction else 16):
         return f"groups of {fmt.group_size} at {fmt.nbits} bits do not fill vectors"
     return None
-
-
-def format_numbers(layer: LayerFormat) -> torch.Tensor:
-    """int64 [2, 5]: bits, symmetry, axis, group and rotation of keys and of values, as the kernels take them."""
-    return torch.tensor(
-        [[f.nbits, int(f.asym), f.axis, f.group_size, f.hadamard] for f in (layer.key, layer.value)], dtype=torch.int64
-    )
-
-
-def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """What ``page_codec.encode_pages`` does, byte for byte: x [pages, page_size, head_dim] to uint8 [pages, block_bytes]."""
-    blocks = torch.empty(x.shape[0], fmt.block_bytes, dtype=torch.uint8)
-    module().pack_pages(
-        x.contiguous(), blocks, fmt.nbits, int(fmt.asym), fmt.axis, fmt.group_size, int(fmt.token_lanes), fmt.hadamard
-    )
-    return blocks
-
-
-@cache
-@torch.compiler.disable
-def module():
-    """The compiled kernels. Builds them, or finds an earlier build in upstream's cache.
-
-    Raises KernelsUnavailable, with the missing tool or what the compiler said, when they cannot be built or loaded, and
-    ValueError when SGLANG_KVTUNER_CPU_ISA asks for what the machine lacks.
-    """
-    # Not wrapped by register_custom_op: upstream registers such ops for CUDA alone, and nothing traces this backend.
-    from sglang.kernels.jit.utils import load_jit
-
-    logger.info("Preparing the CPU kernels of the quantized KV cache (the first start compiles them, about 20 s)")
-    start = time.perf_counter()
-    try:
-        # Of several processes that find no build, one builds while the others wait for it.
-        loaded = load_jit(
-            "kvtuner_cpu",
-            cpp_files=[f"kvtuner/cpu/{name}.cpp" for name in _SOURCES],
-            # No -march: upstream's cache key does not know the processor, and a cache may be shared by several.
-            # Contracted multiply-adds would round differently from the reference quantizer.
-            extra_cflags=["-fopenmp", "-ffp-contract=off"],
-            extra_ldflags=["-fopenmp"],
-            header_only=False,
-        )
-    except Exception as e:
-        # Asked only now: a build that is there needs no ninja, and its compiler only for the version in its key.
-        missing = [tool for tool in ("ninja", os.environ.get("CXX", "c++")) if shutil.which(tool) is None]
-        reason = f"{' and '.join(missing)} not found on PATH" if missing else e
-        raise KernelsUnavailable(f"the CPU kernels cannot be built: {reason}") from e
-    loaded.body_name()  # refuses a forced instruction set that the machine lacks
-    logger.info("CPU kernels of the quantized KV cache are ready (%.1f s)", time.perf_counter() - start)
-    return loaded

@@ -1,41 +1,66 @@
-"""Which kernels serve a pool: one table from device to kernels, and the torch reference for everything else."""
+"""Which kernels serve a cache: one table from device to implementations, and the torch reference for everything else."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 
-from sglang.srt.kvtuner.attention.cpu import CpuKernels, KernelsUnavailable
+from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
+from sglang.srt.kvtuner.attention.reference import ReferenceKernels
+from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "SGLANG_KVTUNER_KERNELS"
-REFERENCE = "torch reference"
-_KERNELS_OF_DEVICE: dict[str, Callable[[tuple[LayerFormat, ...]], CpuKernels]] = {"cpu": CpuKernels}
+REFERENCE = "reference"
+
+# Implementations by device type, the best first: name, module, class. Modules are imported when they are asked for.
+_KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "cpu": (("cpu", "sglang.srt.kvtuner.attention.cpu", "CpuKernels"),),
+}
 
 
-def choose_kernels(device: str, formats: tuple[LayerFormat, ...]) -> CpuKernels | None:
-    """Kernels for a pool on ``device`` ("cpu", "cuda:0"), or None for the torch reference; the log says which and why.
+def kernel_classes(device: str, formats: Sequence[LayerFormat]) -> tuple[list[type[Kernels]], list[str]]:
+    """Implementations that take every format on ``device`` ("cpu", "cuda:0"), the best first and the torch reference last, and
+    for each that does not the reason.
 
-    ``SGLANG_KVTUNER_KERNELS=reference`` takes the reference; other values than that and "auto" raise ValueError.
+    ``SGLANG_KVTUNER_KERNELS`` leaves one of them: ``reference`` or a name of the table. Raises ValueError for other values
+    than these and "auto".
     """
+    table = _KERNELS.get(str(device).partition(":")[0], ())
     wanted = os.environ.get(VARIABLE, "auto")
-    if wanted not in ("auto", "reference"):
-        raise ValueError(f"{VARIABLE} is {wanted!r}; valid are 'auto' and 'reference'")
-    make = _KERNELS_OF_DEVICE.get(str(device).partition(":")[0])
-    if wanted == "reference":
-        reason = f"{VARIABLE}=reference"
-    elif make is None:
-        reason = f"there are no kernels for {device}"
-    else:
+    names = [REFERENCE, *(name for name, _, _ in table)]
+    if wanted not in ("auto", *names):
+        raise ValueError(f"{VARIABLE} is {wanted!r}; valid on {device} are {', '.join(map(repr, ['auto', *names]))}")
+    found: list[type[Kernels]] = []
+    reasons = [] if table else [f"there are no kernels for {device}"]
+    if wanted == REFERENCE:
+        table, reasons = (), [f"{VARIABLE}={wanted}"]
+    for name, module, attribute in table:
+        if wanted in ("auto", name):
+            kernels = getattr(importlib.import_module(module), attribute)
+            reason = next(filter(None, map(kernels.supports, formats)), None)
+            if reason is None:
+                found.append(kernels)
+            else:
+                reasons.append(reason)
+    return [*found, ReferenceKernels], reasons
+
+
+def choose_kernels(storage: CacheStorage, formats: Sequence[LayerFormat]) -> Kernels:
+    """Kernels for a cache; the log says which and, where it is the torch reference, why. Raises as :func:`kernel_classes`."""
+    classes, reasons = kernel_classes(str(storage.device), formats)
+    for kernel_class in classes[:-1]:
         try:
-            kernels = make(formats)
+            kernels = kernel_class(storage)
         except KernelsUnavailable as e:
-            reason = str(e)
+            reasons.append(str(e))
         else:
             logger.info("Attention over the quantized KV cache: %s", kernels.name)
             return kernels
-    logger.warning("Attention over the quantized KV cache: %s, which is slow (%s)", REFERENCE, reason)
-    return None
+    reference = ReferenceKernels(storage)
+    logger.warning("Attention over the quantized KV cache: %s, which is slow (%s)", reference.name, "; ".join(reasons))
+    return reference

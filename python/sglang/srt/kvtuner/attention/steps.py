@@ -1,10 +1,10 @@
-"""What one forward step does to one request: which tokens it reads from where, and what it stores.
+"""What one forward step does to the requests of a batch: which tokens they read from where, and what they store.
 
-Before a step the request has ``prior`` tokens; the step adds ``new`` (a prefill chunk, or one token in decode). Its
+Before a step a request has ``prefix_len`` tokens; the step adds ``query_len`` (a prefill chunk, or one token in decode). Its
 queries see
 
-* packed pages for positions [0, packed_end), with ``packed_end = max(page_floor(prior - residual), ring start)``,
-* the ring for [packed_end, prior),
+* packed pages for positions [0, packed_end), with ``packed_end = max(page_floor(prefix_len - residual), ring start)``,
+* the ring for [packed_end, prefix_len),
 * the step's own keys and values, in full precision, causally.
 
 It then packs every page that it completed and keeps its newest tokens in the ring.
@@ -12,111 +12,100 @@ It then packs every page that it completed and keeps its newest tokens in the ri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from sglang.srt.kvtuner.cache.residual_window import ResidualWindow
-from sglang.srt.kvtuner.config.cache_format import CacheFormat
+from sglang.srt.kvtuner.cache.residual_window import RingLedger
 
 
 @dataclass(frozen=True)
-class SequenceStep:
-    """One request in one step.
+class RequestStep:
+    """One request in one step: row ``row`` of the plan, queries ``queries`` of the batch; the rest as in the module."""
 
-    slot: request slot. tokens: its rows in the batch. prior, packed_end: see the module. packed_pages: page ids of
-    [0, packed_end). prior_rows: ring rows of [packed_end, prior). open_rows: ring rows of the unfinished page's
-    tokens before the step. completed_pages: page ids that the step fills. kept_rows: ring rows of the step's newest
-    tokens. Index tensors are int64 on the cache's device.
-    """
-
+    row: int
     slot: int
-    tokens: slice
-    prior: int
+    queries: slice
+    prefix_len: int
     packed_end: int
-    packed_pages: torch.Tensor
-    prior_rows: torch.Tensor
-    open_rows: torch.Tensor
-    completed_pages: torch.Tensor
-    kept_rows: torch.Tensor
 
     @property
-    def new(self) -> int:
-        return self.tokens.stop - self.tokens.start
+    def end(self) -> int:
+        """Tokens after the step."""
+        return self.prefix_len + self.queries.stop - self.queries.start
+
+    def completed_pages(self, page_size: int) -> range:
+        """Pages that the step fills, counted from the start of the sequence."""
+        return range(self.prefix_len // page_size, self.end // page_size)
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """A whole step as kernels take it, on the host.
+class StepPlan:
+    """One step of a batch, the same for all layers.
 
-    sequences: int64 [batch, 6]: request slot, first row in the batch, new tokens, prior tokens, packed_end, and where its
-    entries of ``pages`` begin. pages: int32, page ids of every whole page that the request has after the step.
+    slots: int64 [requests], request slots. query_start: int32 [requests + 1], each request's first row in the batch, and the
+    number of rows. prefix_lens, packed_end: int32 [requests]. pages: int32 [requests, most pages], page ids of every whole page
+    that a request has after the step. ``pages`` is on the cache's device, the others are on the host.
     """
 
-    sequences: torch.Tensor
+    slots: torch.Tensor
+    query_start: torch.Tensor
+    prefix_lens: torch.Tensor
+    packed_end: torch.Tensor
     pages: torch.Tensor
+
+    @cached_property
+    def requests(self) -> list[RequestStep]:
+        """The same, request by request."""
+        rows = self.query_start.tolist()
+        columns = (self.slots.tolist(), self.prefix_lens.tolist(), self.packed_end.tolist())
+        return [
+            RequestStep(row, slot, slice(rows[row], rows[row + 1]), prefix_len, packed_end)
+            for row, (slot, prefix_len, packed_end) in enumerate(zip(*columns, strict=True))
+        ]
 
 
 class StepPlanner:
-    """Builds the steps of a batch from host-side lengths and upstream's request-to-token table."""
+    """Builds the plans of a cache's steps from host-side lengths and upstream's request-to-token table.
 
-    def __init__(self, plan: CacheFormat, window: ResidualWindow, req_to_token_pool) -> None:
-        self._page_size = plan.page_size
-        self._residual = plan.residual_length
-        self._window = window
-        self._table = req_to_token_pool.req_to_token
-        self._generation = req_to_token_pool.req_generation
-        self._device = self._table.device
+    req_to_token: int32 [slots, context], token slots of every request on the cache's device. req_generation: int64 [slots] on
+    the host; it changes when a slot goes to another request.
+    """
 
-    def plan_batch(self, slots: list[int], priors: list[int], news: list[int]) -> list[SequenceStep]:
-        """Steps of a batch: request slots, tokens before the step, tokens of the step."""
-        steps, offset = [], 0
-        for slot, prior, new in zip(slots, priors, news, strict=True):
-            steps.append(self._plan_sequence(slot, prior, slice(offset, offset + new)))
-            offset += new
-        return steps
+    def __init__(
+        self, *, page_size: int, residual_length: int, req_to_token: torch.Tensor, req_generation: torch.Tensor
+    ) -> None:
+        self._page_size = page_size
+        self._residual_length = residual_length
+        self._table = req_to_token
+        self._generation = req_generation
+        self._ledger = RingLedger(req_to_token.shape[0])
 
-    def plan_flat(self, slots: list[int], priors: list[int], news: list[int]) -> BatchPlan:
-        """The same steps as :meth:`plan_batch`, in the form for kernels."""
-        page = self._page_size
-        whole = max((prior + new for prior, new in zip(priors, news, strict=True)), default=0) // page
-        pages = self._table[slots, : whole * page : page] // page if whole else torch.zeros(len(slots), 0)
-        rows, offset = [], 0
-        for i, (slot, prior, new) in enumerate(zip(slots, priors, news, strict=True)):
-            rows.append((slot, offset, new, prior, self._packed_end(slot, prior), i * whole))
-            offset += new
-        return BatchPlan(
-            sequences=torch.tensor(rows, dtype=torch.int64).reshape(-1, 6), pages=pages.to(torch.int32).contiguous()
+    def plan(self, slots: Sequence[int], prefix_lens: Sequence[int], query_lens: Sequence[int]) -> StepPlan:
+        """The plan of a step: per request its slot, tokens before the step, tokens of the step."""
+        query_start = [0]
+        for query_len in query_lens:
+            query_start.append(query_start[-1] + query_len)
+        packed_end = [self._packed_end(*request) for request in zip(slots, prefix_lens, strict=True)]
+        return StepPlan(
+            slots=torch.tensor(slots, dtype=torch.int64),
+            query_start=torch.tensor(query_start, dtype=torch.int32),
+            prefix_lens=torch.tensor(prefix_lens, dtype=torch.int32),
+            packed_end=torch.tensor(packed_end, dtype=torch.int32),
+            pages=self._pages(slots, max(map(sum, zip(prefix_lens, query_lens, strict=True)), default=0)),
         )
 
-    def _packed_end(self, slot: int, prior: int) -> int:
+    def _packed_end(self, slot: int, prefix_len: int) -> int:
         page = self._page_size
-        start = self._window.ledger.start(slot, int(self._generation[slot]), prior)
+        start = self._ledger.start(slot, int(self._generation[slot]), prefix_len)
         # The prefix cache shares whole pages only; anything else would leave tokens in neither store.
         assert start % page == 0, f"slot {slot} starts in the middle of a page ({start} tokens)"
-        return max((prior - self._residual) // page * page, start, 0)
+        return max((prefix_len - self._residual_length) // page * page, start, 0)
 
-    def _plan_sequence(self, slot: int, prior: int, tokens: slice) -> SequenceStep:
-        page, window = self._page_size, self._window
-        new = tokens.stop - tokens.start
-        packed_end = self._packed_end(slot, prior)
-        open_start = prior // page * page
-        end = prior + new
-        return SequenceStep(
-            slot=slot,
-            tokens=tokens,
-            prior=prior,
-            packed_end=packed_end,
-            packed_pages=self._pages(slot, 0, packed_end),
-            prior_rows=self._rows(packed_end, prior),
-            open_rows=self._rows(open_start, prior),
-            completed_pages=self._pages(slot, open_start, end // page * page),
-            kept_rows=self._rows(max(prior, end - window.length), end),
-        )
-
-    def _pages(self, slot: int, start: int, end: int) -> torch.Tensor:
-        first_tokens = self._table[slot, start : max(start, end) : self._page_size]
-        return first_tokens.long() // self._page_size
-
-    def _rows(self, start: int, end: int) -> torch.Tensor:
-        return self._window.rows(start, end).to(self._device)
+    def _pages(self, slots: Sequence[int], tokens: int) -> torch.Tensor:
+        page = self._page_size
+        whole = tokens // page * page
+        rows = torch.tensor(slots, dtype=torch.int64).to(self._table.device)
+        return (self._table[:, :whole:page][rows] // page).to(torch.int32).contiguous()

@@ -12,14 +12,14 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
     bytes_per_token*: of this rank. pool_bytes: packed pages and sinks. capacity_tokens_full_precision: tokens of an
     unquantized cache in the same memory (pages, sinks and rings).
     """
-    tokens = pool.keys[0].shape[0] * pool.page_size
-    elements = tokens * pool.kv_heads * pool.head_dim * pool.layer_num
-    key_bytes = sum(t.nbytes for t in pool.keys)
-    value_bytes = sum(t.nbytes for t in pool.values)
-    sink_bytes = pool.sinks.size_bytes()
+    storage = pool.storage
+    tokens = storage.num_pages * pool.page_size
+    elements = tokens * storage.kv_heads * storage.head_dim * pool.layer_num
+    key_bytes = sum(half.pages.nbytes for half in storage.keys)
+    value_bytes = sum(half.pages.nbytes for half in storage.values)
+    sink_bytes, ring_bytes = storage.sink_bytes(), storage.ring_bytes()
     pool_bytes = key_bytes + value_bytes + sink_bytes
-    ring_bytes = pool.window.size_bytes()
-    full_token_bytes = 2 * pool.layer_num * pool.kv_heads * pool.head_dim * pool.full_precision_dtype.itemsize
+    full_token_bytes = 2 * pool.layer_num * storage.kv_heads * storage.head_dim * storage.dtype.itemsize
     nominal_key, nominal_value = pool.format.nominal_bits()
     return {
         "format": pool.format.describe(),
@@ -37,7 +37,7 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
         "pool_bytes": pool_bytes,
         "sink_bytes": sink_bytes,
         "ring_bytes": ring_bytes,
-        "ring_slots": pool.window.keys[0].shape[0],
+        "ring_slots": storage.num_slots,
         "capacity_tokens": pool.size,
         "capacity_tokens_full_precision": (pool_bytes + ring_bytes) // full_token_bytes,
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.kvtuner.format.layout import codes_per_byte
+from sglang.srt.kvtuner.format.layout import CodeLayout, codes_per_byte, layout_of
 from sglang.srt.kvtuner.format.quantizer import PER_TOKEN, UNQUANTIZED_BITS
 
 SCALE_DTYPE = torch.float16
@@ -26,7 +26,7 @@ class TensorFormat:
     nbits: 2, 4, 8, or 16 for bfloat16 values (see :meth:`unquantized`). asym: zero points are stored. axis: 0 groups
     along head_dim, 1 along the tokens of a page. group_size: elements that share a scale (resolved, never -1).
     page_size: tokens of a page. head_dim: elements of a token in one head. token_lanes: which way codes lie in a block
-    (page_codec.py), True for keys. hadamard: rows are rotated in blocks of that many channels before they are quantized
+    (layout.py), True for keys. hadamard: rows are rotated in blocks of that many channels before they are quantized
     (hadamard.py), 0 where they are not. Raises ValueError when a group or a block does not divide its dimension, codes
     do not fill whole bytes, or an unquantized format has parameters of a quantizer.
     """
@@ -57,6 +57,11 @@ class TensorFormat:
         """bfloat16 pages: 16 stored bits per element. There is one such format per shape, so that formats which store
         the same are equal; asym, axis, group_size and hadamard mean nothing in it."""
         return cls(UNQUANTIZED_BITS, False, PER_TOKEN, head_dim, page_size, head_dim, token_lanes)
+
+    @property
+    def layout(self) -> CodeLayout:
+        """Where codes lie in a block."""
+        return layout_of(self.nbits, self.page_size, self.head_dim, self.token_lanes)
 
     @property
     def quantized(self) -> bool:

@@ -26,6 +26,8 @@ STORED_BITS = (*SUPPORTED_BITS, UNQUANTIZED_BITS)
 # A stored zero point is an int16. Groups whose offset is far larger than their range would overflow it, so their
 # scale is raised to at least |min| / MAX_STORED_ZERO; the error that this adds is below 2**-15 of the offset.
 MAX_STORED_ZERO = 32000
+# Offsets beyond what the largest float16 scale reaches (2e9) saturate.
+_ZERO_RANGE = (-(1 << 15), (1 << 15) - 1)
 
 
 def code_range(nbits: int) -> tuple[int, int]:
@@ -71,6 +73,9 @@ def quantize(
     ``group_size`` -1 takes the whole dimension. With ``scale_dtype`` float16 the scale is rounded to what the cache
     stores before codes and zero points are computed, and zero points fit an int16.
 
+    A group with an element that is NaN or infinite gets the scale NaN, codes 0 and zero point 0: all of it is NaN when it
+    is read, so that damage shows wherever the page goes.
+
     Raises ValueError for bits other than 2, 4, 8, an axis other than 0, 1, and a group that does not divide its
     dimension.
     """
@@ -81,9 +86,10 @@ def quantize(
     if group <= 0 or x.shape[dim] % group:
         raise ValueError(f"group_size {group_size} does not divide the {x.shape[dim]} elements that axis {axis} groups")
     q_min, q_max = code_range(nbits)
-    values = x.float()
-    grouped = values.unflatten(dim, (-1, group))
+    grouped = x.float().unflatten(dim, (-1, group))
     inner = dim  # unflatten puts the group's elements where the dimension was; its groups come just before
+    finite = grouped.isfinite().all(inner, keepdim=True)
+    grouped = torch.where(finite, grouped, 0.0)
     if asym:
         low, high = grouped.amin(inner, keepdim=True), grouped.amax(inner, keepdim=True)
         scale = (high - low).clamp(min=RANGE_FLOOR) / (q_max - q_min)
@@ -92,13 +98,19 @@ def quantize(
             scale = torch.maximum(scale, low.abs() / MAX_STORED_ZERO + _smallest_step(scale_dtype) / 2)
         scale = _round_scale(scale, scale_dtype)
         zero = torch.round(low / scale) - q_min
+        if scale_dtype != torch.float32:
+            zero = zero.clamp(*_ZERO_RANGE)
         codes = torch.round(grouped / scale - zero)
     else:
         scale = grouped.abs().amax(inner, keepdim=True).clamp(min=RANGE_FLOOR) / q_max
         scale = _round_scale(scale, scale_dtype)
         zero = None
         codes = torch.round(grouped / scale)
-    codes = codes.clamp(q_min, q_max).to(torch.int8).reshape(x.shape)
+    codes = codes.clamp(q_min, q_max).to(torch.int8)
+    if zero is not None:
+        zero = torch.where(finite, zero, 0.0)
+    codes = torch.where(finite, codes, 0).reshape(x.shape)
+    scale = torch.where(finite, scale, torch.nan)
     return QuantizedTensor(
         codes=codes,
         scale=scale.squeeze(inner).to(scale_dtype),

@@ -1,0 +1,66 @@
+"""The interface of the kernels that read and write the packed cache, of which every device has an implementation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from sglang.srt.kvtuner.attention.steps import StepPlan
+from sglang.srt.kvtuner.cache.storage import CacheStorage
+from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
+
+
+class KernelsUnavailable(RuntimeError):
+    """An implementation cannot serve on this machine; the message says why."""
+
+
+class Kernels(ABC):
+    """Attention over one cache, and storing into it.
+
+    name: for logs and reports. Raises KernelsUnavailable where the machine lacks what the implementation needs.
+    """
+
+    name: ClassVar[str] | str
+
+    def __init__(self, storage: CacheStorage) -> None:
+        self.storage = storage
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, layer: LayerFormat) -> str | None:
+        """Why a layer of this format cannot be served, or None where it can. The one place that says so."""
+
+    @classmethod
+    def workspace_bytes(cls, *, heads: int, kv_heads: int, head_dim: int) -> int:
+        """Upper bound of the device memory that a call takes beside its inputs and its result."""
+        return 0
+
+    def plan(self, step: StepPlan) -> Any:
+        """The step in the form that :meth:`attend` and :meth:`store` take; made once for all layers."""
+        return step
+
+    @abstractmethod
+    def attend(
+        self, layer: int, plan: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Causal grouped-query attention of the step's tokens over all that their requests have.
+
+        layer: index among the cache's layers. q: [tokens, heads, head_dim]. k, v: [tokens, kv_heads, head_dim], the step's own.
+        Returns [tokens, heads, head_dim] in q's dtype.
+        """
+
+    @abstractmethod
+    def store(self, layer: int, plan: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Pack the pages that the step completes, keep its newest tokens in the rings.
+
+        k, v: [tokens, kv_heads, head_dim]. Comes after :meth:`attend` of the same layer and step: a long chunk overwrites ring
+        rows that its own queries read.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
+        """Quantize and pack x [pages, page_size, head_dim]; uint8 [pages, block_bytes], the bytes that
+        :func:`sglang.srt.kvtuner.format.page_codec.pack_pages` defines."""

@@ -1,0 +1,266 @@
+"""Every implementation of the kernels against the definition: attention in float64, packed bytes, and what a step leaves."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harness.cache_model import CacheModel
+from harness.formats import ATTENTION_TOLERANCE, SHAPES, all_formats, mixed_layers, random_format, tensor_format
+from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
+from sglang.srt.kvtuner.attention.cpu import CpuKernels
+from sglang.srt.kvtuner.attention.reference import ReferenceKernels
+from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.format.page_codec import pack_pages
+
+IMPLEMENTATIONS = {
+    "reference": (ReferenceKernels, {}),
+    **{f"cpu-{isa}": (CpuKernels, {"SGLANG_KVTUNER_CPU_ISA": isa}) for isa in ("avx512", "avx2", "plain")},
+}
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def kernels(request):
+    """An implementation, with the environment that chooses it."""
+    found, environment = IMPLEMENTATIONS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        if found is CpuKernels:
+            try:
+                cpu_ops.module().body_name()
+            except (cpu_ops.KernelBuildError, ValueError) as e:
+                pytest.skip(str(e))
+        yield found
+
+
+def tolerance(kernels, dtype=torch.float32):
+    """Of a row relative to its norm. In half precision the output itself is rounded by half a unit in the last place."""
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    return (1e-5 if kernels is ReferenceKernels else ATTENTION_TOLERANCE) + rounding
+
+
+def make_case(kernels, key, value, heads, kv_heads, residual, dtype=torch.float32, sinks=0, lengths=(0,)):
+    """A cache of one layer, with a request of each length in slots 1, 2, …"""
+    pages = sum(length // key.page_size + 12 for length in lengths)
+    model = CacheModel(
+        kernels, (LayerFormat(key, value, sinks),), heads=heads, kv_heads=kv_heads, residual=residual, dtype=dtype,
+        num_slots=len(lengths) + 1, num_pages=pages + 2, max_pages=max(lengths) // key.page_size + 12,
+    )  # fmt: skip
+    for slot, length in enumerate(lengths, start=1):
+        model.begin(slot)
+        if length:
+            model.step((slot, length), attend=False)
+    return model
+
+
+def run(model, *counts):
+    error = model.step(*enumerate(counts, start=1))
+    model.check()
+    return error
+
+
+PAGE_FORMATS = all_formats(SHAPES)
+
+
+@pytest.mark.parametrize("bits", ("K2", "K4", "K8", "K16", "V2", "V4", "V8", "V16"))
+def test_packed_bytes_equal_the_definition(kernels, bits):
+    formats = [fmt for name, fmt in PAGE_FORMATS.items() if name.startswith(bits + "-")]
+    assert formats
+    for fmt in formats:
+        torch.manual_seed(fmt.head_dim)
+        shape = (3, fmt.page_size, fmt.head_dim)
+        if fmt.quantized:
+            sizes = [(1, 0), (1, 30), (1e-6, 0), (1e4, 1e3), (0, 0), (1e-3, 1000)]
+            inputs = [torch.randn(shape) * size + torch.randn(fmt.head_dim) * shift for size, shift in sizes]
+        else:  # from subnormal to nearly infinite
+            inputs = [torch.randn(shape) * torch.logspace(-42, 38, fmt.head_dim), torch.randn(shape)]
+        for x in inputs:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                pages = x.to(dtype)
+                if pages.isfinite().all():
+                    assert torch.equal(kernels.pack_pages(pages, fmt), pack_pages(pages, fmt)), (fmt, x.abs().max())
+
+
+SHAPES_OF_STEPS = {
+    "one token of a new request": ([0], [1]),
+    "window only": ([17, 40], [1, 1]),
+    "exactly one page": ([64, 128], [1, 1]),
+    "odd lengths": ([63, 65, 191, 333], [1, 1, 1, 1]),
+    "unequal batch": ([1, 2900, 64, 500], [1, 1, 1, 1]),
+    "first chunk": ([0, 0], [131, 7]),
+    "later chunk": ([192, 67], [70, 129]),
+    "mixed batch": ([450, 0, 129, 64], [1, 33, 65, 64]),
+    "chunk longer than the ring": ([100], [400]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_STEPS)
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_steps(kernels, shape, group):
+    rng = random.Random(f"{shape}{group}")
+    lengths, counts = SHAPES_OF_STEPS[shape]
+    for head_dim in (64, 80, 96, 128, 256):
+        key, value = (random_format(rng, 64, head_dim, lanes) for lanes in (True, False))
+        residual, sinks = rng.choice((0, 64, 128)), rng.choice((0, 3))
+        model = make_case(kernels, key, value, 2 * group, 2, residual, sinks=sinks, lengths=lengths)
+        error = run(model, *counts)
+        assert error <= tolerance(kernels), (key, value, error)
+
+
+BITS = [(2, 2), (4, 4), (8, 8), (8, 4), (4, 2), (2, 8), (16, 4), (2, 16), (16, 16)]
+
+
+@pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
+@pytest.mark.parametrize("axes", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("bits", BITS, ids=lambda b: f"K{b[0]}V{b[1]}")
+def test_formats(kernels, bits, axes, asym):
+    for group, page in [(64, 64), (16, 32)]:
+        key = tensor_format(bits[0], asym, axes[0], group, page, 64, True)
+        value = tensor_format(bits[1], asym, axes[1], group, page, 64, False)
+        model = make_case(kernels, key, value, 6, 2, 32, lengths=(300, 129))
+        assert run(model, 1, 1) <= tolerance(kernels)
+        assert run(model, 90, 1) <= tolerance(kernels)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_rotated_keys(kernels, head_dim, axis):
+    """The packed prefix is rotated, the residual window and the step's own rows are not."""
+    key = tensor_format(4, True, axis, 16, 64, head_dim, True, rotated=True)
+    value = tensor_format(8, False, 0, 16, 64, head_dim, False)
+    model = make_case(kernels, key, value, 6, 2, 64, lengths=(400, 70, 10))
+    assert run(model, 1, 1, 1) <= tolerance(kernels)
+    assert run(model, 90, 200, 1) <= tolerance(kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("page, sinks", [(64, 1), (64, 4), (64, 64), (128, 100), (128, 128)])
+def test_sinks(kernels, page, sinks, dtype):
+    """Also a whole page of them, and more than a tile; the requests are within their first page, past it, and far."""
+    key, value = tensor_format(2, True, 1, 64, page, 64, True), tensor_format(2, False, 0, 64, page, 64, False)
+    lengths = (page - 1, page, 3 * page + 7)
+    model = make_case(kernels, key, value, 6, 2, 0, dtype, sinks, lengths)
+    for _ in range(2):  # the second reads the sinks that the first one stored
+        assert run(model, 1, 1, 1) <= tolerance(kernels, dtype)
+    assert run(model, 70, 1, page) <= tolerance(kernels, dtype)
+    stored = (model.storage.layers[0].key.sinks != 0).flatten(1).any(1).sum()
+    assert stored == 3, "the first pages of three requests"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rows(kernels, dtype):
+    key, value = tensor_format(4, True, 1, 64, 64, 64, True), tensor_format(4, True, 0, 64, 64, 64, False)
+    model = make_case(kernels, key, value, 9, 3, 64, dtype, lengths=(400, 10))
+    assert run(model, 1, 1) <= tolerance(kernels, dtype)
+    assert run(model, 70, 1) <= tolerance(kernels, dtype)
+
+
+def test_strided_rows(kernels):
+    """q, k and v are parts of one projection in a model."""
+    key, value = tensor_format(4, False, 0, 64, 64, 64, True), tensor_format(4, False, 0, 64, 64, 64, False)
+    model = make_case(kernels, key, value, 6, 2, 64, lengths=(200,))
+    model.table.extend(1, 280)
+    projection = torch.randn(80, 16, 64)
+    parts = (projection[:, 3:9], projection[:, 9:11], projection[:, 12:14])
+    plan = model.kernels.plan(model.planner.plan([1], [200], [80]))
+    strided, contiguous = (model.kernels.attend(0, plan, *rows, 0.1) for rows in (parts, [p.clone() for p in parts]))
+    assert not parts[0].is_contiguous() and torch.equal(strided, contiguous)
+    model.kernels.store(0, plan, *parts[1:])
+    assert torch.equal(model.storage.layers[0].value.ring[1, 279 % model.storage.ring_length], parts[2][-1])
+
+
+def test_outliers_in_keys_keep_the_tolerance(kernels):
+    key, value = tensor_format(8, True, 1, 64, 64, 64, True), tensor_format(8, True, 1, 64, 64, 64, False)
+    model = make_case(kernels, key, value, 3, 1, 0)
+    model.size[:, ::16] *= 10
+    model.offset[:, 5] = 5
+    model.step((1, 500), attend=False)
+    assert run(model, 1) <= tolerance(kernels)
+
+
+RESIDUALS = {16: (0, 1, 15, 16, 63, 64, 65, 128), 32: (0, 40), 64: (63, 64, 65, 128, 10_000)}
+
+
+@pytest.mark.parametrize(
+    "page, residual, sinks",
+    [(page, r, 0) for page, residuals in RESIDUALS.items() for r in residuals]
+    + [(16, 0, 4), (16, 20, 16), (32, 40, 1)],
+)
+def test_interleaved_requests(kernels, page, residual, sinks):
+    """Chunks, decodes, prefix hits, and slots and pages that go from request to request, in layers of other formats."""
+    formats = mixed_layers(page, sinks)
+    model = CacheModel(kernels, formats, heads=6, kv_heads=2, residual=residual, dtype=torch.bfloat16)
+    rng, slots = random.Random(page + residual), (1, 2, 3)
+    for slot in slots:
+        model.begin(slot)
+    for _ in range(50):
+        chunks = (1, 1, 1, 1, 3, page, rng.randint(2, 5 * page // 2))
+        batch = [(slot, rng.choice(chunks)) for slot in rng.sample(slots, rng.randint(1, 3))]
+        assert model.step(*batch) <= tolerance(kernels, torch.bfloat16)
+        for slot in slots:
+            if len(model.requests[slot]) > 8 * page or rng.random() < 0.04:
+                others = [other for other in slots if other != slot]
+                model.begin(slot, rng.choice((None, *others)), prefix_pages=rng.randint(1, 3))
+    assert model.blocks
+    model.check()
+
+
+def test_sinks_of_a_page_that_changes_hands(kernels):
+    """A request reads the sinks of the page that it found; a page that is first again has those of its new owner."""
+    formats = mixed_layers(16, sinks=4)
+    model = CacheModel(kernels, formats, heads=6, kv_heads=2, residual=0, num_pages=4)
+    model.begin(1)
+    model.step((1, 20))
+    model.begin(2, prefix_of=1, prefix_pages=1)
+    assert model.step((2, 1)) <= tolerance(kernels)
+    first = model.table.pages[1][0]
+    sinks = model.storage.layers[1].key.sinks
+    kept = sinks.clone()
+    assert torch.equal(kept[first], model.requests[1].tokens[:4, 1, 0])
+    model.shared.clear()
+    for slot in (1, 2):
+        model.begin(slot)
+    model.table.free([first])
+    model.step((1, 17))
+    assert model.table.pages[1][0] == first and not torch.equal(sinks[first], kept[first])
+    assert model.step((1, 1)) <= tolerance(kernels)
+    model.check()
+
+
+def test_formats_are_refused_with_the_reason():
+    fmt = tensor_format(4, False, 0, 8, 8, 24, True)
+    assert "divide by 16" in CpuKernels.supports(LayerFormat(fmt, fmt))
+    rows = replace(tensor_format(2, False, 1, 8, 64, 64, True), axis=1)
+    assert CpuKernels.supports(LayerFormat(rows, rows)) == "groups of 8 at 2 bits do not fill vectors"
+    assert ReferenceKernels.supports(LayerFormat(fmt, TensorFormat.unquantized(8, 24))) is None
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    try:
+        cpu_ops.module()
+    except cpu_ops.KernelBuildError as e:
+        pytest.skip(str(e))
+    monkeypatch.setenv("SGLANG_KVTUNER_CPU_ISA", "neon")
+    with pytest.raises(ValueError, match="neon"):
+        cpu_ops.module().body_name()
+
+
+def test_read_pages_reads_every_block_of_the_step():
+    try:
+        module = cpu_ops.module()
+    except cpu_ops.KernelBuildError as e:
+        pytest.skip(str(e))
+    torch.manual_seed(0)
+    keys, values = torch.randint(256, (9, 2, 64), dtype=torch.uint8), torch.randint(256, (9, 2, 136), dtype=torch.uint8)
+    pages = torch.tensor([7, 2, 5, 8, 1], dtype=torch.int32)
+    sequences = torch.tensor([[0, 0, 1, 130, 128, 0], [1, 1, 1, 30, 0, 2], [2, 2, 1, 200, 192, 2]])
+
+    def checksum(blocks):
+        whole = blocks.shape[-1] // 64 * 64
+        words = blocks[..., :whole].contiguous().view(torch.int64)
+        return words.sum() + blocks[..., whole:].long().sum()
+
+    expected = sum(checksum(x[pages.long()]) for x in (keys, values)).item()
+    assert module.read_pages(keys, values, sequences, pages, 64) == expected
