@@ -25,10 +25,16 @@ def enabled() -> bool:
 
 
 def build_configurator(kvc: KVCacheConfigurator) -> KVTunerPoolConfigurator:
-    """What decides how many tokens the packed pool holds."""
-    from sglang.srt.kvtuner.cache.sizing import KVTunerPoolConfigurator
+    """What decides how many tokens the packed pool holds, beside the workspace of the kernels that will read it."""
+    from sglang.srt.kvtuner.attention.dispatch import choose_kernels
+    from sglang.srt.kvtuner.cache.sizing import KVTunerPoolConfigurator, cache_format_of, local_heads, local_kv_heads
 
-    return KVTunerPoolConfigurator(kvc)
+    cache_format = cache_format_of(kvc)
+    kernels, _ = choose_kernels(kvc.device, cache_format.layers)
+    workspace_bytes = kernels.workspace_bytes(
+        heads=local_heads(kvc), kv_heads=local_kv_heads(kvc), head_dim=kvc.model_config.head_dim
+    )
+    return KVTunerPoolConfigurator(kvc, cache_format, workspace_bytes)
 
 
 def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTokenPool) -> KVTunerTokenToKVPool:

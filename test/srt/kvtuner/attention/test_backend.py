@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from harness.cache import RequestTable, mixed_format
-from sglang.srt.kvtuner.attention import backend
-from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend, attend
+from harness.cache_model import naive_attention
+from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
@@ -19,53 +19,15 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 HEAD_DIM, LAYERS = 16, 3
 
 
-def naive(q, k, v, scaling):
-    """Causal attention of the newest tokens: q [new, heads, dim] ends where k and v [tokens, kv_heads, dim] end."""
-    q, k, v = q.double(), k.double(), v.double()
-    group, prior = q.shape[1] // k.shape[1], k.shape[0] - q.shape[0]
-    out = torch.empty_like(q)
-    for head in range(q.shape[1]):
-        keys, values = k[:, head // group], v[:, head // group]
-        for i, logits in enumerate(q[:, head] @ keys.T * scaling):
-            weights = torch.exp(logits[: prior + i + 1])
-            out[i, head] = weights @ values[: prior + i + 1] / weights.sum()
-    return out
-
-
-@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2), (8, 1), (9, 3)])
-@pytest.mark.parametrize("new, prior", [(1, 0), (1, 37), (5, 0), (5, 37), (40, 3)])
-def test_attend(heads, kv_heads, new, prior):
-    torch.manual_seed(heads * 100 + new)
-    q = torch.randn(new, heads, HEAD_DIM) * 4
-    k, v = torch.randn(2, prior + new, kv_heads, HEAD_DIM).unbind()
-    out = attend(q, k, v, scaling=0.3)
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out.double(), naive(q, k, v, 0.3), rtol=1e-5, atol=1e-5)
-
-
-def test_attend_computes_half_precision_queries_in_float32():
-    q = torch.randn(3, 4, HEAD_DIM).bfloat16()
-    k, v = torch.randn(2, 3, 2, HEAD_DIM).unbind()
-    assert torch.equal(attend(q, k, v, scaling=1.0), attend(q.float(), k, v, scaling=1.0))
-
-
-def test_attend_in_blocks_gives_the_same(monkeypatch):
-    torch.manual_seed(0)
-    q, (k, v) = torch.randn(40, 4, HEAD_DIM), torch.randn(2, 60, 2, HEAD_DIM).unbind()
-    for weights in (1, 4 * 60 * 7):
-        monkeypatch.setattr(backend, "MAX_WEIGHTS", weights)
-        torch.testing.assert_close(attend(q, k, v, scaling=0.3).double(), naive(q, k, v, 0.3), rtol=1e-5, atol=1e-5)
-
-
 class Server:
     """A backend with the parts of a model runner that it reads, and every token in full precision beside it."""
 
     def __init__(self, residual, heads=6, kv_heads=2, page_size=16, dtype=torch.float32):
-        self.plan = mixed_format(page_size, residual, LAYERS, HEAD_DIM)
+        self.format = mixed_format(page_size, residual, LAYERS, HEAD_DIM)
         self.heads, self.kv_heads, self.dtype = heads, kv_heads, dtype
         self.table = RequestTable(page_size)
         pool = KVTunerTokenToKVPool(
-            self.plan, size=63 * page_size, num_slots=4, kv_heads=kv_heads, full_precision_dtype=dtype, device="cpu",
+            self.format, size=63 * page_size, num_slots=4, kv_heads=kv_heads, full_precision_dtype=dtype, device="cpu",
             start_layer=0, end_layer=LAYERS,
         )  # fmt: skip
         self.layers = [RadixAttention(heads, HEAD_DIM, HEAD_DIM**-0.5, kv_heads, layer_id=i) for i in range(LAYERS)]
@@ -112,9 +74,9 @@ class Server:
             split_q, split_out, row = q.view(rows, self.heads, HEAD_DIM), out.view(rows, self.heads, HEAD_DIM), 0
             for slot, new in zip(slots, news):
                 part = slice(row, row + new)
-                k_seen = torch.cat([self.known(self.keys[slot][i], self.plan.layers[i].key), k[part].float()])
-                v_seen = torch.cat([self.known(self.values[slot][i], self.plan.layers[i].value), v[part].float()])
-                expected = naive(split_q[part], k_seen, v_seen, layer.scaling)
+                k_seen = torch.cat([self.known(self.keys[slot][i], self.format.layers[i].key), k[part].float()])
+                v_seen = torch.cat([self.known(self.values[slot][i], self.format.layers[i].value), v[part].float()])
+                expected = naive_attention(split_q[part], k_seen, v_seen, layer.scaling)
                 torch.testing.assert_close(split_out[part].double(), expected, rtol=tolerance, atol=tolerance)
                 row += new
         row = 0
@@ -125,8 +87,8 @@ class Server:
 
     def known(self, tokens, fmt):
         """Earlier tokens as a step sees them: whole pages outside the window went through the codec."""
-        seen, page = tokens.clone(), self.plan.page_size
-        for first in range(0, (len(tokens) - self.plan.residual_length) // page * page, page):
+        seen, page = tokens.clone(), self.format.page_size
+        for first in range(0, (len(tokens) - self.format.residual_length) // page * page, page):
             block = pack_pages(tokens[first : first + page].transpose(0, 1), fmt)
             seen[first : first + page] = unpack_pages(block, fmt).transpose(0, 1)
         return seen
@@ -168,12 +130,12 @@ def test_full_precision_where_the_window_holds_everything():
 
 def test_idle_batches_touch_nothing():
     server = Server(residual=16)
-    before = [buffer.clone() for buffer in server.backend.pool.keys]
+    before = [half.pages.clone() for half in server.backend.pool.storage.keys]
     batch = SimpleNamespace(forward_mode=ForwardMode.IDLE)
     server.backend.init_forward_metadata(batch)
     out = server.backend.forward(torch.empty(0, 6 * HEAD_DIM), None, None, server.layers[0], batch)
     assert out.shape == (0, 6 * HEAD_DIM)
-    assert all(torch.equal(a, b) for a, b in zip(before, server.backend.pool.keys))
+    assert all(torch.equal(a, b.pages) for a, b in zip(before, server.backend.pool.storage.keys))
 
 
 def test_modes_that_are_not_supported_are_refused():

@@ -5,22 +5,23 @@ import random
 import pytest
 import torch
 
-from harness.cache import RequestTable, mixed_format
+from harness.cache import RequestTable
 from sglang.srt.kvtuner.attention.steps import StepPlanner
-from sglang.srt.kvtuner.cache.residual_window import ResidualWindow
 
 
 class Positions:
     """A planner, and the position that every ring row holds: what a step may read is what was put there."""
 
     def __init__(self, page_size, residual, num_slots=4):
-        self.plan = mixed_format(page_size, residual)
+        self.page, self.residual = page_size, residual
         self.table = RequestTable(page_size, num_slots, num_pages=500, max_pages=100)
-        window = ResidualWindow(
-            self.plan, num_layers=0, num_slots=num_slots, kv_heads=1, head_dim=16, dtype=torch.float32, device="cpu"
+        self.planner = StepPlanner(
+            page_size=page_size,
+            residual_length=residual,
+            req_to_token=self.table.req_to_token,
+            req_generation=self.table.req_generation,
         )
-        self.planner = StepPlanner(self.plan, window, self.table)
-        self.ring = torch.full((num_slots, window.length), -1)
+        self.ring = torch.full((num_slots, (-(-residual // page_size) + 1) * page_size), -1)
         self.start = [0] * num_slots
         self.length = [0] * num_slots
 
@@ -32,39 +33,40 @@ class Positions:
         self.start[slot] = self.length[slot] = prefix
 
     def step(self, *batch):
-        """Plan one step of (slot, new tokens) pairs and check every part of it; returns the steps."""
-        slots, news = zip(*batch)
-        priors = [self.length[slot] for slot in slots]
-        for slot, prior, new in zip(slots, priors, news):
-            self.table.extend(slot, prior + new)
-        steps = self.planner.plan_batch(list(slots), priors, list(news))
-        first_row = 0
-        for step, slot, prior, new in zip(steps, slots, priors, news, strict=True):
-            assert (step.slot, step.prior, step.new) == (slot, prior, new)
-            assert (step.tokens.start, step.tokens.stop) == (first_row, first_row + new)
-            first_row += new
+        """Plan one step of (slot, new tokens) pairs and check every part of it; returns the steps of its requests."""
+        slots, counts = zip(*batch, strict=True)
+        lengths = [self.length[slot] for slot in slots]
+        for slot, length, count in zip(slots, lengths, counts, strict=True):
+            self.table.extend(slot, length + count)
+        plan = self.planner.plan(slots, lengths, counts)
+        first = 0
+        for row, (step, slot, length, count) in enumerate(zip(plan.requests, slots, lengths, counts, strict=True)):
+            assert (step.row, step.slot, step.prefix_len, step.end) == (row, slot, length, length + count)
+            assert step.queries == slice(first, first + count)
+            first += count
             self._check_reads(step)
-            self._check_writes(step)
-        return steps
+            self._check_writes(step, plan.pages[row].tolist())
+        assert plan.query_start.tolist()[-1] == first
+        return plan.requests
 
     def _check_reads(self, step):
-        page, residual, slot = self.plan.page_size, self.plan.residual_length, step.slot
         # A position is read packed where its page is wholly older than the window, or was found in the prefix cache.
-        packed = [
-            p for p in range(step.prior) if p < self.start[slot] or (p // page + 1) * page <= step.prior - residual
-        ]
+        oldest, start = step.prefix_len - self.residual, self.start[step.slot]
+        packed = [p for p in range(step.prefix_len) if p < start or (p // self.page + 1) * self.page <= oldest]
         assert packed == list(range(step.packed_end))
-        assert step.packed_pages.tolist() == self.table.pages[slot][: step.packed_end // page]
-        assert self.ring[slot, step.prior_rows].tolist() == list(range(step.packed_end, step.prior))
-        assert self.ring[slot, step.open_rows].tolist() == list(range(step.prior // page * page, step.prior))
+        for position in range(step.packed_end, step.prefix_len):
+            assert self.ring[step.slot, position % self.ring.shape[1]] == position
+        # The unfinished page is packed from the ring.
+        for position in range(step.prefix_len // self.page * self.page, step.prefix_len):
+            assert self.ring[step.slot, position % self.ring.shape[1]] == position
 
-    def _check_writes(self, step):
-        page, slot, end = self.plan.page_size, step.slot, step.prior + step.new
-        completed = [i for i in range(end // page) if (i + 1) * page > step.prior]
-        assert step.completed_pages.tolist() == [self.table.pages[slot][i] for i in completed]
-        kept = step.kept_rows.tolist()
-        assert len(kept) == len(set(kept)) == min(step.new, self.ring.shape[1])
-        self.ring[slot, step.kept_rows] = torch.arange(end - len(kept), end)
+    def _check_writes(self, step, page_ids):
+        slot, end = step.slot, step.end
+        completed = [i for i in range(end // self.page) if (i + 1) * self.page > step.prefix_len]
+        assert list(step.completed_pages(self.page)) == completed
+        assert page_ids[: end // self.page] == self.table.pages[slot][: end // self.page]
+        for position in range(max(step.prefix_len, end - self.ring.shape[1]), end):
+            self.ring[slot, position % self.ring.shape[1]] = position
         self.length[slot] = end
 
 
@@ -95,12 +97,12 @@ def test_one_request_by_single_tokens(residual):
 @pytest.mark.parametrize("chunk", (64, 65, 300))
 def test_a_chunk_longer_than_the_ring(prior, chunk):
     model = Positions(16, 32)
-    assert model.planner._window.length == 48
+    assert model.ring.shape[1] == 48
     model.begin(1)
     if prior:
         model.step((1, prior))
-    (step,) = model.step((1, chunk))
-    assert step.kept_rows.numel() == 48
+    [step] = model.step((1, chunk))
+    assert step.end - step.prefix_len == chunk > 48
     for _ in range(40):
         model.step((1, 1))
 
@@ -108,10 +110,10 @@ def test_a_chunk_longer_than_the_ring(prior, chunk):
 def test_a_prefix_is_read_packed_even_inside_the_window():
     model = Positions(16, 100)
     model.begin(1, prefix=64)
-    (step,) = model.step((1, 5))
-    assert step.packed_end == 64 and step.prior_rows.numel() == 0
-    (step,) = model.step((1, 1))
-    assert step.packed_end == 64 and step.prior_rows.numel() == 5
+    [step] = model.step((1, 5))
+    assert (step.packed_end, step.prefix_len) == (64, 64)
+    [step] = model.step((1, 1))
+    assert (step.packed_end, step.prefix_len) == (64, 69)
 
 
 def test_a_prefix_is_forgotten_with_its_request():
@@ -120,16 +122,16 @@ def test_a_prefix_is_forgotten_with_its_request():
     model.step((1, 40))
     model.begin(1)
     model.step((1, 40))
-    (step,) = model.step((1, 1))
-    assert step.packed_end == 0 and step.prior_rows.numel() == 40
+    [step] = model.step((1, 1))
+    assert (step.packed_end, step.prefix_len) == (0, 40)
 
 
 def test_a_window_longer_than_the_request_reads_no_page():
     model = Positions(16, 1000)
     model.begin(1)
     for _ in range(100):
-        (step,) = model.step((1, 3))
-        assert step.packed_end == 0 and step.packed_pages.numel() == 0
+        [step] = model.step((1, 3))
+        assert step.packed_end == 0
 
 
 def test_a_prefix_that_ends_inside_a_page_is_an_error():
@@ -138,17 +140,18 @@ def test_a_prefix_that_ends_inside_a_page_is_an_error():
     model.table.begin(2)
     model.table.extend(2, 32)
     with pytest.raises(AssertionError, match="slot 2 starts in the middle of a page"):
-        model.planner.plan_batch([2], [17], [1])
+        model.planner.plan([2], [17], [1])
 
 
 def test_an_empty_batch():
-    assert Positions(16, 16).planner.plan_batch([], [], []) == []
+    plan = Positions(16, 16).planner.plan((), (), ())
+    assert plan.requests == [] and plan.query_start.tolist() == [0] and plan.pages.shape[0] == 0
 
 
-def test_index_tensors_are_int64():
+def test_types_of_the_plan():
     model = Positions(16, 16)
     model.begin(1)
     model.step((1, 50))
-    (step,) = model.step((1, 20))
-    for name in ("packed_pages", "prior_rows", "open_rows", "completed_pages", "kept_rows"):
-        assert getattr(step, name).dtype == torch.int64, name
+    plan = model.planner.plan([1], [50], [20])
+    found = {name: getattr(plan, name).dtype for name in ("slots", "query_start", "prefix_lens", "packed_end", "pages")}
+    assert found.pop("slots") == torch.int64 and set(found.values()) == {torch.int32}

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from harness.cache import mixed_format
+from sglang.srt.kvtuner.attention import dispatch
 from sglang.srt.kvtuner.cache import sizing
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.cache.sizing import CacheCosts, KVTunerPoolConfigurator
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
-from sglang.srt.kvtuner.hooks import build_pool
+from sglang.srt.kvtuner.hooks import build_configurator, build_pool
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.runtime_context import get_context
+from sglang.srt.runtime_context import get_context, get_parallel
 
 MB = 1 << 20
 
@@ -31,9 +32,9 @@ def test_costs_are_the_bytes_of_the_buffers(dtype, start, end, kv_heads, sinks):
         cache_format, size=tokens, num_slots=requests + 1, kv_heads=kv_heads, full_precision_dtype=dtype, device="cpu",
         start_layer=start, end_layer=end,
     )  # fmt: skip
-    assert pool.packed_bytes() + pool.sinks.size_bytes() == (tokens // 32 + 1) * costs.page_bytes
-    assert pool.sinks.size_bytes() == (tokens // 32 + 1) * costs.sink_bytes
-    assert pool.window.size_bytes() == costs.rings_bytes(requests)
+    assert pool.storage.page_bytes() + pool.storage.sink_bytes() == (tokens // 32 + 1) * costs.page_bytes
+    assert pool.storage.sink_bytes() == (tokens // 32 + 1) * costs.sink_bytes
+    assert pool.storage.ring_bytes() == costs.rings_bytes(requests)
     assert costs.full_token_bytes == 2 * (end - start) * kv_heads * 16 * dtype.itemsize
     assert sum(pool.get_kv_size_bytes()) == (tokens // 32 + 1) * costs.page_bytes + costs.rings_bytes(requests)
 
@@ -74,7 +75,11 @@ class FakeRunner:
         self.budget = budget
         self.layer_info = SimpleNamespace(start_layer=0, end_layer=layers)
         self.model_config = SimpleNamespace(
-            num_hidden_layers=layers, head_dim=64, context_len=4096, get_num_kv_heads=lambda tp, dcp: kv_heads // tp
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            head_dim=64,
+            context_len=4096,
+            get_num_kv_heads=lambda tp, dcp: kv_heads // tp,
         )
 
     def _profile_available_bytes(self, pre_model_load_memory):
@@ -87,10 +92,22 @@ class FakeRunner:
         return config, build_pool(self, config, table)
 
 
+class Kernels:
+    """Kernels of which sizing sees their need of memory."""
+
+    needed = 0
+
+    @classmethod
+    def workspace_bytes(cls, **shape):
+        assert shape == {"heads": 4, "kv_heads": 2, "head_dim": 64} or get_parallel().attn_tp_size > 1
+        return cls.needed
+
+
 @pytest.fixture
-def serve():
+def serve(monkeypatch):
     """Publish server arguments and give back a runner with a budget; extra arguments are flags."""
     published = []
+    monkeypatch.setattr(dispatch, "choose_kernels", lambda device, formats: (Kernels, []))
 
     def serve(budget, **flags):
         override = get_context().override_server_args(enable_kvtuner_quant=True, page_size=64, **flags)
@@ -103,8 +120,18 @@ def serve():
         published.pop()()
 
 
+def test_the_workspace_of_the_kernels_is_not_for_pages(serve, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    plain, _ = serve(16 * MB, max_running_requests=4).settle()
+    assert "workspace" not in caplog.text
+    monkeypatch.setattr(Kernels, "needed", 5 * MB)
+    config, pool = serve(21 * MB, max_running_requests=4).settle()
+    assert config.max_total_num_tokens == plain.max_total_num_tokens == pool.size
+    assert "beside 0.005 GB for the kernels' workspace" in caplog.text
+
+
 def allocated(pool):
-    return pool.packed_bytes() + pool.sinks.size_bytes() + pool.window.size_bytes()
+    return pool.storage.page_bytes() + pool.storage.sink_bytes() + pool.storage.ring_bytes()
 
 
 @pytest.mark.parametrize("budget", (8 * MB, 20 * MB + 12_345))
@@ -121,25 +148,25 @@ def allocated(pool):
 def test_the_pool_fills_the_budget(serve, budget, flags, requests):
     runner = serve(budget, max_running_requests=requests, **flags)
     config, pool = runner.settle()
-    page_bytes = allocated(pool) - pool.window.size_bytes()
-    page_bytes //= pool.keys[0].shape[0]
+    page_bytes = allocated(pool) - pool.storage.ring_bytes()
+    page_bytes //= pool.storage.num_pages
     assert allocated(pool) <= budget < allocated(pool) + page_bytes
     assert pool.size == config.max_total_num_tokens and pool.size % 64 == 0
-    assert pool.window.keys[0].shape[0] == config.max_running_requests + 1
+    assert pool.storage.num_slots == config.max_running_requests + 1
     if requests is not None:
         assert config.max_running_requests == requests
     else:
-        assert config.max_running_requests == 1 or pool.window.size_bytes() <= 0.2 * budget
+        assert config.max_running_requests == 1 or pool.storage.ring_bytes() <= 0.2 * budget
 
 
 def test_heads_of_this_rank(serve):
     """Half the heads: every page and ring is half as large, so twice the tokens fit."""
     one, pool_of_one = serve(16 * MB, max_running_requests=4).settle()
     two, pool_of_two = serve(16 * MB, tp_size=2, max_running_requests=4).settle()
-    assert (pool_of_one.kv_heads, pool_of_two.kv_heads) == (2, 1)
-    assert pool_of_two.packed_bytes() // (two.max_total_num_tokens + 64) * 2 == pool_of_one.packed_bytes() // (
-        one.max_total_num_tokens + 64
-    )
+    assert (pool_of_one.storage.kv_heads, pool_of_two.storage.kv_heads) == (2, 1)
+    assert pool_of_two.storage.page_bytes() // (
+        two.max_total_num_tokens + 64
+    ) * 2 == pool_of_one.storage.page_bytes() // (one.max_total_num_tokens + 64)
     assert two.max_total_num_tokens > 2 * one.max_total_num_tokens
 
 
@@ -149,7 +176,7 @@ def test_max_total_tokens(serve, limit, tokens):
     assert config.max_total_num_tokens == pool.size == tokens
     # Fewer pages need fewer rings: a running request holds at least one.
     assert config.max_running_requests <= max(tokens // 64, 1)
-    assert pool.window.keys[0].shape[0] == config.max_running_requests + 1
+    assert pool.storage.num_slots == config.max_running_requests + 1
 
 
 def test_max_total_tokens_keeps_the_requests_that_were_asked_for(serve):
@@ -171,7 +198,7 @@ def test_a_budget_too_small_for_one_ring(serve):
 
 def test_requests_never_exceed_upstreams_own_bound(serve):
     runner = serve(1 << 40)
-    configurator = KVTunerPoolConfigurator(runner)
+    configurator = build_configurator(runner)
     config = configurator.calculate_pool_sizes(runner.budget, 64)
     assert config.ring_requests == sizing.MOST_REQUESTS
     config.max_running_requests = 100
@@ -183,10 +210,10 @@ def test_the_log_tells_what_is_allocated(serve, caplog):
         config, pool = serve(16 * MB).settle()
     text = caplog.text
     pages, page, page_bytes = map(int, re.search(r"(\d+) pages of (\d+) tokens, (\d+) bytes each", text).groups())
-    assert pages * page_bytes == pool.packed_bytes() and (pages - 1) * page == pool.size
+    assert pages * page_bytes == pool.storage.page_bytes() and (pages - 1) * page == pool.size
     slots = re.search(r"(\d+) requests and 1 padding slot, (\d+) tokens, (\d+) bytes each", text)
     requests, ring, ring_bytes = map(int, slots.groups())
-    assert (requests + 1) * ring_bytes == pool.window.size_bytes() and ring == pool.window.length
+    assert (requests + 1) * ring_bytes == pool.storage.ring_bytes() and ring == pool.storage.ring_length
     assert f"--max-running-requests was not given, {requests} requests are admitted" in text
     assert f"max_total_num_tokens={config.max_total_num_tokens}," in text
     assert "stored K 4.25, V 4.25" in text
@@ -197,8 +224,8 @@ def test_the_log_tells_what_sinks_cost(serve, caplog):
         _, pool = serve(16 * MB, kvtuner_sink_length=3).settle()
     found = re.search(r"(\d+) pages of 64 tokens, (\d+) bytes each, (\d+) of them for sinks\)", caplog.text)
     pages, page_bytes, sink_bytes = map(int, found.groups())
-    assert pages * sink_bytes == pool.sinks.size_bytes()
-    assert pages * page_bytes == pool.packed_bytes() + pool.sinks.size_bytes()
+    assert pages * sink_bytes == pool.storage.sink_bytes()
+    assert pages * page_bytes == pool.storage.page_bytes() + pool.storage.sink_bytes()
 
 
 def test_a_cache_dtype_that_the_checkpoint_forces_is_refused(serve):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang.srt.kvtuner.attention.dispatch import choose_kernels
+from sglang.srt.kvtuner.attention.dispatch import make_kernels
 from sglang.srt.kvtuner.attention.steps import StepPlanner
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.config.compatibility import refuse_unsupported_layers
@@ -34,7 +34,7 @@ class KVTunerAttnBackend(AttentionBackend):
             req_to_token=requests.req_to_token,
             req_generation=requests.req_generation,
         )
-        self._kernels = choose_kernels(storage, self.pool.layer_formats)
+        self._kernels = make_kernels(storage, self.pool.layer_formats)
         self.pool.attention = self._kernels.name
         self._plan: Any = None
 

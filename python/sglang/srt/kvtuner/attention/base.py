@@ -19,7 +19,7 @@ class KernelsUnavailable(RuntimeError):
 class Kernels(ABC):
     """Attention over one cache, and storing into it.
 
-    name: for logs and reports. Raises KernelsUnavailable where the machine lacks what the implementation needs.
+    name: for logs and reports.
     """
 
     name: ClassVar[str] | str
@@ -31,6 +31,10 @@ class Kernels(ABC):
     @abstractmethod
     def supports(cls, layer: LayerFormat) -> str | None:
         """Why a layer of this format cannot be served, or None where it can. The one place that says so."""
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Build or load what the implementation needs, once per process. Raises KernelsUnavailable where that cannot be."""
 
     @classmethod
     def workspace_bytes(cls, *, heads: int, kv_heads: int, head_dim: int) -> int:

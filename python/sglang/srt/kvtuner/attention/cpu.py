@@ -23,21 +23,24 @@ class CpuStep:
 
 
 class CpuKernels(Kernels):
-    """Attention and storing on the CPU, for formats whose codes lie in vectors. Raises KernelsUnavailable when the kernels
-    cannot be built."""
+    """Attention and storing on the CPU, for formats whose codes lie in vectors."""
 
     def __init__(self, storage: CacheStorage) -> None:
         super().__init__(storage)
-        try:
-            self._module = ops.module()
-        except ops.KernelBuildError as e:
-            raise KernelsUnavailable(str(e)) from e
+        self._module = ops.module()
         self.name = f"C++ ({self._module.body_name()})"
         self._layers = [self._arguments(layer) for layer in storage.layers]
 
     @classmethod
     def supports(cls, layer: LayerFormat) -> str | None:
         return _unsupported(layer.key) or _unsupported(layer.value)
+
+    @classmethod
+    def prepare(cls) -> None:
+        try:
+            ops.module()
+        except ops.KernelBuildError as e:
+            raise KernelsUnavailable(str(e)) from e
 
     def plan(self, step: StepPlan) -> CpuStep:
         first = torch.arange(step.slots.numel()) * step.pages.shape[1]

@@ -23,44 +23,46 @@ _KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-def kernel_classes(device: str, formats: Sequence[LayerFormat]) -> tuple[list[type[Kernels]], list[str]]:
-    """Implementations that take every format on ``device`` ("cpu", "cuda:0"), the best first and the torch reference last, and
-    for each that does not the reason.
+def choose_kernels(device: str, formats: Sequence[LayerFormat]) -> tuple[type[Kernels], list[str]]:
+    """The best implementation for a cache of ``formats`` on ``device`` ("cpu", "cuda:0"), ready for use, and for each better
+    one why it is not that.
 
     ``SGLANG_KVTUNER_KERNELS`` leaves one of them: ``reference`` or a name of the table. Raises ValueError for other values
     than these and "auto".
     """
     table = _KERNELS.get(str(device).partition(":")[0], ())
     wanted = os.environ.get(VARIABLE, "auto")
-    names = [REFERENCE, *(name for name, _, _ in table)]
-    if wanted not in ("auto", *names):
-        raise ValueError(f"{VARIABLE} is {wanted!r}; valid on {device} are {', '.join(map(repr, ['auto', *names]))}")
-    found: list[type[Kernels]] = []
-    reasons = [] if table else [f"there are no kernels for {device}"]
+    names = ["auto", REFERENCE, *(name for name, _, _ in table)]
+    if wanted not in names:
+        raise ValueError(f"{VARIABLE} is {wanted!r}; valid on {device} are {', '.join(map(repr, names))}")
     if wanted == REFERENCE:
-        table, reasons = (), [f"{VARIABLE}={wanted}"]
+        return ReferenceKernels, [f"{VARIABLE}={wanted}"]
+    reasons = [] if table else [f"there are no kernels for {device}"]
     for name, module, attribute in table:
-        if wanted in ("auto", name):
-            kernels = getattr(importlib.import_module(module), attribute)
-            reason = next(filter(None, map(kernels.supports, formats)), None)
-            if reason is None:
-                found.append(kernels)
+        if wanted not in ("auto", name):
+            continue
+        kernels: type[Kernels] = getattr(importlib.import_module(module), attribute)
+        reason = next(filter(None, map(kernels.supports, formats)), None)
+        if reason is None:
+            try:
+                kernels.prepare()
+            except KernelsUnavailable as e:
+                reason = str(e)
             else:
-                reasons.append(reason)
-    return [*found, ReferenceKernels], reasons
+                return kernels, reasons
+        reasons.append(reason)
+    return ReferenceKernels, reasons
 
 
-def choose_kernels(storage: CacheStorage, formats: Sequence[LayerFormat]) -> Kernels:
-    """Kernels for a cache; the log says which and, where it is the torch reference, why. Raises as :func:`kernel_classes`."""
-    classes, reasons = kernel_classes(str(storage.device), formats)
-    for kernel_class in classes[:-1]:
-        try:
-            kernels = kernel_class(storage)
-        except KernelsUnavailable as e:
-            reasons.append(str(e))
-        else:
-            logger.info("Attention over the quantized KV cache: %s", kernels.name)
-            return kernels
-    reference = ReferenceKernels(storage)
-    logger.warning("Attention over the quantized KV cache: %s, which is slow (%s)", reference.name, "; ".join(reasons))
-    return reference
+def make_kernels(storage: CacheStorage, formats: Sequence[LayerFormat]) -> Kernels:
+    """The best kernels over ``storage``; the log says which and, where it is the torch reference, why. Raises as
+    :func:`choose_kernels`."""
+    kernel_class, reasons = choose_kernels(str(storage.device), formats)
+    kernels = kernel_class(storage)
+    if kernel_class is ReferenceKernels:
+        logger.warning(
+            "Attention over the quantized KV cache: %s, which is slow (%s)", kernels.name, "; ".join(reasons)
+        )
+    else:
+        logger.info("Attention over the quantized KV cache: %s", kernels.name)
+    return kernels

@@ -77,12 +77,14 @@ class KVTunerMemoryPoolConfig(MemoryPoolConfig):
 
 
 class KVTunerPoolConfigurator(MemoryPoolConfigurator):
-    """Sizes the packed pool: rings for all running requests first, packed pages with the rest of the budget."""
+    """Sizes the packed pool: what its kernels need and rings for all running requests first, packed pages with the rest of
+    the budget."""
 
-    def __init__(self, kvc: KVCacheConfigurator) -> None:
+    def __init__(self, kvc: KVCacheConfigurator, cache_format: CacheFormat, workspace_bytes: int) -> None:
         self._kvc = kvc
-        self._format = cache_format_of(kvc)
-        self._costs = costs_of(kvc, self._format)
+        self._format = cache_format
+        self._workspace_bytes = workspace_bytes
+        self._costs = costs_of(kvc, cache_format)
         self._requests: int | None = None
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
@@ -94,6 +96,7 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
 
         # Every rank comes straight from upstream's collective memory profiling, so they arrive together.
         require_same_format(self._format)
+        available_bytes -= self._workspace_bytes
         requested = self._requested_requests()
         if requested is not None:
             requests = requested
@@ -106,7 +109,7 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
             raise KVTunerConfigError(
                 f"--max-running-requests {requests} and --kvtuner-residual-length {self._format.residual_length} need "
                 f"{self._costs.rings_bytes(requests) / GB:.2f} GB for residual windows; the KV budget is "
-                f"{available_bytes / GB:.2f} GB. Lower one of them, or raise --mem-fraction-static"
+                f"{available_bytes / GB:.2f} GB{self._workspace()}. Lower one of them, or raise --mem-fraction-static"
             )
         self._requests = requests
         return KVTunerMemoryPoolConfig(max_total_num_tokens=tokens, ring_requests=requests)
@@ -140,6 +143,11 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         requested = get_schedule().max_running_requests
         return None if requested is None else max(requested, 1)
 
+    def _workspace(self) -> str:
+        return (
+            f" beside {self._workspace_bytes / GB:.3f} GB for the kernels' workspace" if self._workspace_bytes else ""
+        )
+
     def _log(self, config: MemoryPoolConfig) -> None:
         costs, requests = self._costs, config.max_running_requests
         pages = config.max_total_num_tokens // costs.page_size + 1
@@ -152,10 +160,11 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         )  # fmt: skip
         logger.info(
             "Quantized KV cache memory: packed pages %.3f GB (%d pages of %d tokens, %d bytes each%s), residual windows "
-            "%.3f GB (%d requests and 1 padding slot, %d tokens, %d bytes each; %.1f%% of the sum)%s",
+            "%.3f GB (%d requests and 1 padding slot, %d tokens, %d bytes each; %.1f%% of the sum)%s%s",
             packed / GB, pages, costs.page_size, costs.page_bytes,
             f", {costs.sink_bytes} of them for sinks" if costs.sink_bytes else "",
             rings / GB, requests, self._format.ring_length, costs.ring_bytes, 100 * rings / (packed + rings),
+            self._workspace(),
             "" if self._requested_requests() is not None
             else f"; --max-running-requests was not given, {requests} requests are admitted",
         )  # fmt: skip
@@ -200,6 +209,13 @@ def costs_of(kvc: KVCacheConfigurator, cache_format: CacheFormat) -> CacheCosts:
         kv_heads=local_kv_heads(kvc),
         itemsize=kvc.kv_cache_dtype.itemsize,
     )
+
+
+def local_heads(kvc: KVCacheConfigurator) -> int:
+    """Query heads of this tensor-parallel rank."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return kvc.model_config.num_attention_heads // get_parallel().attn_tp_size
 
 
 def local_kv_heads(kvc: KVCacheConfigurator) -> int:
