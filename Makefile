@@ -8,7 +8,7 @@ TUNE_ARGS ?=
 
 RUN = $(VENV)/bin/python
 
-.PHONY: help venv setup model demo serve tune-demo test clean
+.PHONY: help venv setup model demo serve tune-demo lint test clean
 
 help:
 	@echo "make setup   virtual environment $(VENV) with this sglang and its dependencies (first time: 11 GB, minutes)"
@@ -16,7 +16,8 @@ help:
 	@echo "make demo    serve it with the quantized cache, ask a question, show what the cache costs (DEMO_ARGS=...)"
 	@echo "make serve   the same, and keep serving until Ctrl-C"
 	@echo "make tune-demo  find per-layer bits for that model, under 20 minutes on 2 cores (TUNE_ARGS=...)"
-	@echo "make test    all tests; PYTEST_ARGS='test/srt -k name' chooses, '-m \"not server\"' leaves out the slow ones"
+	@echo "make lint    ruff, mypy and clang-format over this repository's own files"
+	@echo "make test    lint, and all tests; PYTEST_ARGS='test/srt -k name' chooses, '-m \"not server\"' leaves out the slow ones"
 	@echo "make clean   remove the environment and everything that was built; .cache/wheels and models too"
 	@echo
 	@echo "PYTHON=$(PYTHON) makes the environment; VENV=$(VENV) is where. Without an NVIDIA GPU the portable CPU build"
@@ -39,7 +40,13 @@ serve: setup
 tune-demo: setup
 	$(RUN) scripts/tune_demo.py $(TUNE_ARGS)
 
-test: setup
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	git ls-files 'sgl-kernel/*.h' 'sgl-kernel/*.cpp' 'sgl-kernel/*.cuh' 'sgl-kernel/*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+test: lint
 	$(RUN) -m pytest -ra $(PYTEST_ARGS)
 
 clean:

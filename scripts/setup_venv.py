@@ -29,8 +29,9 @@ CLOSURE_INPUTS = ("python/upstream/pin.toml", "pyproject.toml", "sgl-kernel/port
 FORK_INPUTS = ("pyproject.toml", "python", "sgl-kernel/include", "sgl-kernel/csrc")
 KERNEL_INPUTS = ("sgl-kernel/portable",)
 
-# For the tests, and for the tuner, which upstream's dependencies do not cover.
-TOOLS = ("pytest", "optuna", "matplotlib")
+# For the tests, for the tuner, which upstream's dependencies do not cover, and for `make lint`, whose verdicts change
+# with the release.
+TOOLS = ("pytest", "optuna", "matplotlib", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "clang-format==23.1.5")
 
 
 class SetupError(RuntimeError):
