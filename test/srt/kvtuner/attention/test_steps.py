@@ -40,6 +40,9 @@ class Positions:
             self.table.extend(slot, length + count)
         plan = self.planner.plan(slots, lengths, counts)
         first = 0
+        assert plan.most_queries == max(counts)
+        if max(counts) == 1:
+            self._check_decode(plan, slots, lengths)
         for row, (step, slot, length, count) in enumerate(zip(plan.requests, slots, lengths, counts, strict=True)):
             assert (step.row, step.slot, step.prefix_len, step.end) == (row, slot, length, length + count)
             assert step.queries == slice(first, first + count)
@@ -48,6 +51,16 @@ class Positions:
             self._check_writes(step, plan.pages[row].tolist())
         assert plan.query_start.tolist()[-1] == first
         return plan.requests
+
+    def _check_decode(self, plan, slots, lengths):
+        """The plan that is made on the device, with and without the host's help, is the same."""
+        seq_lens = torch.tensor(lengths) + 1
+        for most_tokens in (int(seq_lens.max()), None):
+            other = self.planner.plan_decode(torch.tensor(slots), seq_lens, most_tokens)
+            for name in ("slots", "query_start", "prefix_lens", "packed_end"):
+                assert torch.equal(getattr(other, name), getattr(plan, name)), name
+            assert torch.equal(other.pages[:, : plan.pages.shape[1]], plan.pages)
+            assert other.most_queries == 1
 
     def _check_reads(self, step):
         # A position is read packed where its page is wholly older than the window, or was found in the prefix cache.

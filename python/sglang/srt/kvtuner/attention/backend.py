@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sglang.srt.kvtuner.attention.dispatch import make_kernels
-from sglang.srt.kvtuner.attention.steps import StepPlanner
+from sglang.srt.kvtuner.attention.steps import StepPlan, StepPlanner
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.config.compatibility import refuse_unsupported_layers
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -40,7 +37,21 @@ class KVTunerAttnBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the batch once; all layers share the plan."""
-        self._plan = self._kernels.plan(self._planner.plan(*_requests(forward_batch)))
+        self._plan = self._kernels.plan(self._step(forward_batch))
+
+    def _step(self, batch: ForwardBatch) -> StepPlan:
+        mode = batch.forward_mode
+        if mode.is_idle():
+            return self._planner.plan((), (), ())
+        if mode.is_decode():
+            known = batch.seq_lens_cpu
+            most_tokens = int(known.max()) if known is not None else None
+            return self._planner.plan_decode(batch.req_pool_indices, batch.seq_lens, most_tokens)
+        if mode.is_extend():
+            slots = batch.req_pool_indices_cpu
+            slots = (batch.req_pool_indices if slots is None else slots).tolist()
+            return self._planner.plan(slots, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
+        raise NotImplementedError(f"the quantized KV cache does not support {mode.name} batches")
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         """q [tokens, heads * head_dim] (or split by heads), k and v [tokens, kv_heads, head_dim]; returns the shape of q,
@@ -63,25 +74,3 @@ class KVTunerAttnBackend(AttentionBackend):
 
     def support_triton(self) -> bool:
         return False
-
-
-def _requests(forward_batch: ForwardBatch) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """Per request its slot, tokens before the step and tokens of the step."""
-    mode = forward_batch.forward_mode
-    if mode.is_idle():
-        return (), (), ()
-    if mode.is_decode():
-        prefix_lens = [length - 1 for length in _host(forward_batch.seq_lens_cpu, forward_batch.seq_lens)]
-        return _host(None, forward_batch.req_pool_indices), prefix_lens, [1] * len(prefix_lens)
-    if mode.is_extend():
-        return (
-            _host(forward_batch.req_pool_indices_cpu, forward_batch.req_pool_indices),
-            forward_batch.extend_prefix_lens_cpu,
-            forward_batch.extend_seq_lens_cpu,
-        )
-    raise NotImplementedError(f"the quantized KV cache does not support {mode.name} batches")
-
-
-def _host(mirror: torch.Tensor | None, tensor: torch.Tensor) -> list[int]:
-    """Values of ``tensor`` as a list, from its host mirror where upstream keeps one."""
-    return (tensor if mirror is None else mirror).tolist()

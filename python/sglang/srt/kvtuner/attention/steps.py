@@ -12,13 +12,14 @@ It then packs every page that it completed and keeps its newest tokens in the ri
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from sglang.srt.kvtuner.cache.residual_window import RingLedger
+from sglang.srt.kvtuner.cache.residual_window import RingOwners
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class RequestStep:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of a batch, the same for all layers.
+    """One step of a batch, the same for all layers, on the cache's device.
 
     slots: int64 [requests], request slots. query_start: int32 [requests + 1], each request's first row in the batch, and the
     number of rows. prefix_lens, packed_end: int32 [requests]. pages: int32 [requests, most pages], page ids of every whole page
-    that a request has after the step. ``pages`` is on the cache's device, the others are on the host.
+    that a request has after the step; what follows them is undefined. most_queries: the largest query_len; 1 in decode.
     """
 
     slots: torch.Tensor
@@ -55,10 +56,11 @@ class StepPlan:
     prefix_lens: torch.Tensor
     packed_end: torch.Tensor
     pages: torch.Tensor
+    most_queries: int
 
     @cached_property
     def requests(self) -> list[RequestStep]:
-        """The same, request by request."""
+        """The same, request by request, on the host."""
         rows = self.query_start.tolist()
         columns = (self.slots.tolist(), self.prefix_lens.tolist(), self.packed_end.tolist())
         return [
@@ -68,7 +70,7 @@ class StepPlan:
 
 
 class StepPlanner:
-    """Builds the plans of a cache's steps from host-side lengths and upstream's request-to-token table.
+    """Builds the plans of a cache's steps from upstream's request-to-token table.
 
     req_to_token: int32 [slots, context], token slots of every request on the cache's device. req_generation: int64 [slots] on
     the host; it changes when a slot goes to another request.
@@ -77,35 +79,54 @@ class StepPlanner:
     def __init__(
         self, *, page_size: int, residual_length: int, req_to_token: torch.Tensor, req_generation: torch.Tensor
     ) -> None:
-        self._page_size = page_size
-        self._residual_length = residual_length
-        self._table = req_to_token
+        self.page_size = page_size
+        self.residual_length = residual_length
+        self.req_to_token = req_to_token
+        self.rings = RingOwners(req_to_token.shape[0], req_to_token.device)
         self._generation = req_generation
-        self._ledger = RingLedger(req_to_token.shape[0])
 
     def plan(self, slots: Sequence[int], prefix_lens: Sequence[int], query_lens: Sequence[int]) -> StepPlan:
-        """The plan of a step: per request its slot, tokens before the step, tokens of the step."""
-        query_start = [0]
-        for query_len in query_lens:
-            query_start.append(query_start[-1] + query_len)
-        packed_end = [self._packed_end(*request) for request in zip(slots, prefix_lens, strict=True)]
-        return StepPlan(
-            slots=torch.tensor(slots, dtype=torch.int64),
-            query_start=torch.tensor(query_start, dtype=torch.int32),
-            prefix_lens=torch.tensor(prefix_lens, dtype=torch.int32),
-            packed_end=torch.tensor(packed_end, dtype=torch.int32),
-            pages=self._pages(slots, max(map(sum, zip(prefix_lens, query_lens, strict=True)), default=0)),
+        """The plan of an extend, of which the host knows everything: per request its slot, tokens before the step, tokens of
+        the step."""
+        generations = self._generation[list(slots)].tolist()
+        self.rings.take_over(slots, generations, prefix_lens, page_size=self.page_size)
+        query_start = [0, *itertools.accumulate(query_lens)]
+        device = self.req_to_token.device
+        return self._make(
+            torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True),
+            torch.tensor(query_start, dtype=torch.int32).to(device, non_blocking=True),
+            torch.tensor(prefix_lens, dtype=torch.int32).to(device, non_blocking=True),
+            max(query_lens, default=0),
+            max(map(sum, zip(prefix_lens, query_lens, strict=True)), default=0),
         )
 
-    def _packed_end(self, slot: int, prefix_len: int) -> int:
-        page = self._page_size
-        start = self._ledger.start(slot, int(self._generation[slot]), prefix_len)
-        # The prefix cache shares whole pages only; anything else would leave tokens in neither store.
-        assert start % page == 0, f"slot {slot} starts in the middle of a page ({start} tokens)"
-        return max((prefix_len - self._residual_length) // page * page, start, 0)
+    def plan_decode(self, slots: torch.Tensor, seq_lens: torch.Tensor, most_tokens: int | None = None) -> StepPlan:
+        """The plan of a decode step; nothing is asked of the host.
 
-    def _pages(self, slots: Sequence[int], tokens: int) -> torch.Tensor:
-        page = self._page_size
-        whole = tokens // page * page
-        rows = torch.tensor(slots, dtype=torch.int64).to(self._table.device)
-        return (self._table[:, :whole:page][rows] // page).to(torch.int32).contiguous()
+        slots, seq_lens: int64 [requests] on the device; seq_lens counts the step's own token. most_tokens: the largest of them
+        where the host knows it; without it the plan has all pages that a request can have.
+        """
+        rows = slots.shape[0]
+        query_start = torch.arange(rows + 1, dtype=torch.int32, device=slots.device)
+        return self._make(slots, query_start, (seq_lens - 1).to(torch.int32), 1, most_tokens)
+
+    def _make(
+        self,
+        slots: torch.Tensor,
+        query_start: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        most_queries: int,
+        most_tokens: int | None,
+    ) -> StepPlan:
+        page = self.page_size
+        whole = self.req_to_token.shape[1] if most_tokens is None else most_tokens // page * page
+        aged = (prefix_lens - self.residual_length).clamp(min=0) // page * page
+        return StepPlan(
+            slots=slots,
+            query_start=query_start,
+            prefix_lens=prefix_lens,
+            packed_end=torch.maximum(aged, self.rings.start[slots]),
+            # Copied here, for all layers: while they run, the scheduler may already write the table for the next batch.
+            pages=(self.req_to_token[:, :whole:page][slots] // page).to(torch.int32),
+            most_queries=most_queries,
+        )
