@@ -14,7 +14,7 @@ import pytest
 
 import harness
 import netns
-from serverctl import has_cuda
+from machine import has_cuda
 from two_nodes import PORT, QUANTIZED, SHARED_MACHINE, TwoNodes, wait_until_ended
 
 pytestmark = pytest.mark.server
@@ -97,7 +97,9 @@ def test_a_node_without_the_quantized_cache_stops_both(model, tmp_path):
     with TwoNodes(model, FLAGS, folder=tmp_path, tp_size=2, flags_of_node_1=off, env=ENV) as server:
         wait_until_ended(server.nodes, SECONDS_TO_REFUSE)
         first, second = server.nodes
-        assert_refused(first, "rank 1 announced no cache format within 60 s .*Start every node with --enable-kvtuner-quant")
+        assert_refused(
+            first, "rank 1 announced no cache format within 60 s .*Start every node with --enable-kvtuner-quant"
+        )
         assert second.exit_status() != 0, second.log_text()
 
 

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from harness import fake_quant
-from serverctl import device_flags, server_environment
+from launcher import server_environment
+from machine import device_flags
 from sglang.srt.kvtuner.config.preset import load_preset
 from sglang.srt.kvtuner.config.preset_header import read_header
 from sglang.srt.kvtuner.tuner.recipe import average_bits
@@ -72,7 +73,7 @@ def tuner(model, out, command, *options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=server_environment(),
+        env=server_environment(device_flags()),
     )
 
 

@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
     else:
         tasks = None
         if options.recall or options.lm_eval:
-            server = ("--model-path", options.model_path, "--chunked-prefill-size", str(options.chunk), *flags)
+            server = ("--chunked-prefill-size", str(options.chunk), *flags)
             tasks = TaskSettings(
                 model=options.model_path,
                 server=server,
