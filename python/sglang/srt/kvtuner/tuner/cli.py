@@ -137,7 +137,7 @@ def _run(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
     if options.command == "sensitivity":
         import_optional("matplotlib")
         run = _open(options, config, flags)
-        recipes = (config,) if options.only_recipe else sensitivity.all_recipes(config)
+        recipes = (config,) if options.only_recipe else sensitivity.all_recipes(run)
         sensitivity.measure(run, recipes)
     elif options.command == "search":
         import_optional("matplotlib")
