@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import make_smollm2
-from serverctl import ROOT, Server, ServerError
+from launcher import ROOT, Server, ServerError
+from machine import device_flags
 
 QUESTION = "What is the capital of France?"
 
@@ -66,7 +67,7 @@ def _interrupt(*unused):
 
 def _run(options):
     model = options.model or make_smollm2.make()
-    flags = [*SMALL, *([] if options.flag_off else RECIPE), *options.flags]
+    flags = [*device_flags(), *SMALL, *([] if options.flag_off else RECIPE), *options.flags]
     options.log.parent.mkdir(parents=True, exist_ok=True)
     server = Server(model, flags, log_path=options.log, port=options.port)
     print("$", " ".join(["python", *server.command[1:]]), flush=True)

@@ -11,3 +11,8 @@ def has_cuda():
     if shutil.which("nvidia-smi") is None:
         return False
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+
+
+def device_flags():
+    """A server's flags that choose the device: the CPU where there is no GPU."""
+    return [] if has_cuda() else ["--device", "cpu"]

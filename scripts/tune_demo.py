@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import make_smollm2
-from serverctl import ROOT, device_flags, server_environment
+from launcher import ROOT, server_environment
+from machine import device_flags
 
 # Text that the package does not hold, so that neither pruning nor search can have seen it.
 EVAL_TEXT = ROOT / "test" / "data" / "prose.txt"
@@ -45,7 +46,7 @@ def main(arguments=None):
     ):
         print("$ sglang kvtuner", " ".join(command), flush=True)
         tuner = [sys.executable, "-m", "sglang.srt.kvtuner.tuner", *command]
-        status = subprocess.run(tuner, env=server_environment(), check=False).returncode
+        status = subprocess.run(tuner, env=server_environment(device_flags()), check=False).returncode
         if status:
             return status
     print(verdict(json.loads((options.out / "evaluation.json").read_text(encoding="utf-8")), best))

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import make_random_llama
 import netns
-from serverctl import ROOT, Server, ServerError
+from launcher import ROOT, Server, ServerError
+from machine import device_flags
 
 PORT = 30000
 INIT_PORT = 29500
@@ -37,7 +38,7 @@ class Node(Server):
     Args:
         rank: the node's rank.
         namespace: where it runs.
-        model, flags, log_path: see :class:`serverctl.Server`.
+        model, flags, log_path: see :class:`launcher.Server`.
         local_ranks: tensor-parallel ranks on this node.
         env: further environment variables.
     """
@@ -55,6 +56,7 @@ class Node(Server):
             "GLOO_SOCKET_IFNAME": namespace.interface,
             "SGLANG_HOST_IP": namespace.address,
         }
+        flags = [*device_flags(), *flags]
         super().__init__(model, flags, log_path=log_path, port=PORT, ranks=local_ranks, env={**ours, **(env or {})})
         self.rank = rank
         self.namespace = namespace
@@ -67,12 +69,12 @@ class Node(Server):
             return super().is_healthy()
 
     def request(self, path, payload=None, timeout=600.0):
-        """As :meth:`serverctl.Server.request`, from inside the namespace."""
+        """As :meth:`launcher.Server.request`, from inside the namespace."""
         with self.namespace.entered():
             return super().request(path, payload, timeout)
 
     def stop(self, grace=0.0):
-        """As :meth:`serverctl.Server.stop`; also ends what left the server's session, which stays in the namespace."""
+        """As :meth:`launcher.Server.stop`; also ends what left the server's session, which stays in the namespace."""
         super().stop(grace)
         for pid in self.namespace.pids():
             with suppress(ProcessLookupError):

@@ -36,8 +36,8 @@ from serving_report import (
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from launcher import HOST, Server, ServerError, server_environment  # noqa: E402
 from machine import has_cuda  # noqa: E402
-from serverctl import HOST, Server, ServerError, server_environment  # noqa: E402
 
 # A page of 64 tokens is completed, and packed, by every sequence of a decode run.
 DECODE_TOKENS = 72
@@ -179,7 +179,7 @@ def send(server: Server, options: argparse.Namespace, load: Scenario, flush: boo
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=server_environment(extra={"no_proxy": HOST}),
+                env=server_environment(["--device", options.device], extra={"no_proxy": HOST}),
                 timeout=options.timeout,
             )
         except subprocess.TimeoutExpired:
@@ -208,10 +208,8 @@ def run_scenario(server: Server, options: argparse.Namespace, scenario: Scenario
 
 def run_server(options: argparse.Namespace, variant: str, name: str) -> tuple[dict, list[Figures]]:
     """One server's life: what it says about itself, and its figures in the order of scenarios."""
-    env = {"SGLANG_USE_CPU_ENGINE": 1} if options.device == "cpu" else None
-    server = Server(
-        options.model_path, server_flags(options, variant), log_path=options.logs / f"{name}-server.log", env=env
-    )
+    log_path = options.logs / f"{name}-server.log"
+    server = Server(options.model_path, server_flags(options, variant), log_path=log_path)
     figures = []
     with server:
         server.wait_until_healthy(options.timeout)

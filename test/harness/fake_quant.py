@@ -1,8 +1,9 @@
 """An independent simulation of the quantized cache: a Hugging Face model whose attention sees fake-quantized K and V.
 
-It shares no code with the product: the quantizer is written as rounding to a grid, the cache as one mask. A query in
-prefill chunk c sees keys and values of earlier chunks quantized and those of its own chunk in full precision, which
-is what a server with residual length 0 and ``--chunked-prefill-size`` of that chunk computes.
+It shares no code with the product: the quantizer is written as rounding to a grid, the cache as one number per query, how
+many of the first tokens it sees quantized. Tokens of whole pages are packed once R tokens, the residual length, came after
+the page. A query in a prefill chunk sees what was packed when its chunk began, a decoded token's what was packed before
+its own step; everything else it sees in full precision.
 """
 
 from dataclasses import dataclass
@@ -65,50 +66,77 @@ def _stored(step):
     return step.half().float()
 
 
+def packed_lengths(length, *, chunk, prompt=None, page=64, residual=0):
+    """How many of the first tokens each of ``length`` queries sees quantized, int64 [length].
+
+    The first ``prompt`` tokens (all where None) are prefilled in chunks of ``chunk`` tokens, the others decoded one by
+    one.
+    """
+    position = torch.arange(length)
+    prefilled = position < (length if prompt is None else prompt)
+    before = torch.where(prefilled, position // chunk * chunk, position)
+    return (before - residual).clamp(min=0) // page * page
+
+
 def window_logprobs(checkpoint, windows, recipe, chunk=128):
-    """Log-probabilities of every token but the first of each window (lists of token ids of one length that is a
-    multiple of ``chunk``), float32 [windows, length - 1].
+    """Log-probabilities of every token but the first of each window, prefilled at residual length 0: lists of token ids of
+    one length, float32 [windows, length - 1].
 
     ``recipe`` None leaves the cache as it is.
     """
-    found = []
-    for window, logprobs in zip(windows, _distributions(checkpoint, windows, recipe, chunk)):
-        found.append(logprobs[:-1].gather(-1, torch.tensor(window[1:])[:, None]).squeeze(-1))
-    return torch.stack(found)
+    packed = packed_lengths(len(windows[0]), chunk=chunk)
+    return torch.stack(sequence_logprobs(checkpoint, windows, recipe, [packed] * len(windows)))
+
+
+def sequence_logprobs(checkpoint, sequences, recipe, packed):
+    """Log-probabilities of every token but the first of each sequence, a list of float32 [length - 1].
+
+    packed: per sequence what its queries see quantized, see :func:`packed_lengths`.
+    """
+    return [
+        logprobs[:-1].gather(-1, torch.tensor(sequence[1:])[:, None]).squeeze(-1)
+        for sequence, logprobs in zip(sequences, _distributions(checkpoint, sequences, recipe, packed), strict=True)
+    ]
 
 
 def window_divergence(checkpoint, windows, recipes, chunk=128):
     """Mean Kullback-Leibler divergence (nats per token) of the next token's distribution, unquantized cache against each
     of ``recipes``; windows as in :func:`window_logprobs`."""
-    exact = list(_distributions(checkpoint, windows, None, chunk))
+    packed = [packed_lengths(len(window), chunk=chunk) for window in windows]
+    exact = list(_distributions(checkpoint, windows, None, packed))
     found = []
     for recipe in recipes:
-        pairs = zip(exact, _distributions(checkpoint, windows, recipe, chunk))
+        pairs = zip(exact, _distributions(checkpoint, windows, recipe, packed))
         found.append(sum((p.exp() * (p - q)).sum(-1).mean().item() for p, q in pairs) / len(windows))
     return found
 
 
-def _distributions(checkpoint, windows, recipe, chunk):
-    """Log-probabilities of the token after each of every window's, float32 [length, vocabulary] per window."""
+def _distributions(checkpoint, sequences, recipe, packed):
+    """Log-probabilities of the token after each of every sequence's, float32 [length, vocabulary] per sequence."""
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attention(module, query, key, value, attention_mask, scaling=None, **unused):
-        return _attend(query, key, value, scaling, recipe, chunk), None
+        return attend(query, key, value, scaling, recipe, seen).to(query.dtype), None
 
     ALL_ATTENTION_FUNCTIONS.register("fake_quantized", attention)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="fake_quantized"
     ).eval()
-    for window in windows:
+    for sequence, seen in zip(sequences, packed, strict=True):  # noqa: B007  (attention() reads it)
         with torch.no_grad():
-            yield model(torch.tensor([window]), use_cache=False).logits[0].float().log_softmax(-1)
+            yield model(torch.tensor([sequence]), use_cache=False).logits[0].float().log_softmax(-1)
 
 
-def _attend(query, key, value, scaling, recipe, chunk):
+def attend(query, key, value, scaling, recipe, packed):
+    """Causal attention in which query i sees the first ``packed[i]`` tokens quantized, float32 [batch, tokens, heads,
+    head_dim].
+
+    query: [batch, heads, tokens, head_dim]; key, value: [batch, kv_heads, tokens, head_dim]; packed: int64 [tokens].
+    """
     tokens, repeats = query.shape[2], query.shape[1] // key.shape[1]
     position = torch.arange(tokens)
-    own_chunk = position[:, None] // chunk == position[None, :] // chunk
+    quantized = position[None, :] < packed[:, None]
     causal = position[:, None] >= position[None, :]
 
     keys, values = [key, key], [value, value]
@@ -118,10 +146,10 @@ def _attend(query, key, value, scaling, recipe, chunk):
         stored = fake_quantize(key.float() @ rotation, recipe.bits_key, recipe.asym, recipe.axis_key, recipe.group)
         keys[1] = stored @ rotation
         values[1] = fake_quantize(value, recipe.bits_value, recipe.asym, recipe.axis_value, recipe.group)
-        for exact, quantized in (keys, values):
-            quantized[..., : recipe.sinks, :] = exact[..., : recipe.sinks, :]
+        for exact, rounded in (keys, values):
+            rounded[..., : recipe.sinks, :] = exact[..., : recipe.sinks, :]
     keys, values = ([t.float().repeat_interleave(repeats, dim=1) for t in pair] for pair in (keys, values))
     logits = [query.float() @ k.transpose(-1, -2) * scaling for k in keys]
-    weights = torch.where(own_chunk, *logits).masked_fill(~causal, float("-inf")).softmax(-1)
-    out = (weights * own_chunk) @ values[0] + (weights * ~own_chunk) @ values[1]
-    return out.transpose(1, 2).contiguous().to(query.dtype)
+    weights = torch.where(quantized, logits[1], logits[0]).masked_fill(~causal, float("-inf")).softmax(-1)
+    out = (weights * ~quantized) @ values[0] + (weights * quantized) @ values[1]
+    return out.transpose(1, 2).contiguous()

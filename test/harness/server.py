@@ -2,7 +2,8 @@
 
 from contextlib import contextmanager
 
-from serverctl import Server
+from launcher import Server
+from machine import device_flags
 
 # Small and quick to allocate. A flag that a test gives comes later on the command line and wins.
 DEFAULT_FLAGS = (
@@ -60,7 +61,8 @@ def launch_server(model, *flags, log_path, env=None, ranks=1, timeout=600.0, wai
     Raises:
         ServerError: it ended before it answered, or did not answer in time; the end of its log is in the message.
     """
-    server = RunningServer(model, (*DEFAULT_FLAGS, *flags), log_path=log_path, ranks=ranks, env=env)
+    flags = (*device_flags(), *DEFAULT_FLAGS, *flags)
+    server = RunningServer(model, flags, log_path=log_path, ranks=ranks, env=env)
     with server:
         if wait:
             server.wait_until_healthy(timeout)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import demo
-from serverctl import ROOT
+from launcher import ROOT
 
 CACHE = {
     "stored_bits_key": 4.5,

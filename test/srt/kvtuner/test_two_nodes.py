@@ -14,7 +14,7 @@ import pytest
 
 import harness
 import netns
-from serverctl import has_cuda
+from machine import has_cuda
 from two_nodes import PORT, QUANTIZED, SHARED_MACHINE, TwoNodes, wait_until_ended
 
 pytestmark = pytest.mark.server

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang.srt.kvtuner.config.flags import FLAG_OF_FIELD, KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import DEFAULT_PAGE_SIZE, FLAG_OF_FIELD, KVTunerConfig, KVTunerConfigError
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PAGE_SIZE = 64
 _SOURCE = "handle_kvtuner"
 
 
@@ -43,7 +42,7 @@ def handle_kvtuner(server_args: Any) -> None:
         head_dim=model_config.head_dim,
         page_size=page_size,
     )
-    warn_of_mismatch(config, server_args.model_path)
+    warn_of_mismatch(config, server_args.model_path, page_size)
     # torch_native is upstream's backend without CUDA graphs and Triton helpers, which is what the reference needs
     # around it; the attention itself is ours (see kvtuner/backend.py).
     declare_resolution(server_args, _SOURCE, page_size=page_size, attention_backend="torch_native")

@@ -6,7 +6,7 @@ import pytest
 
 from sglang.srt.kvtuner.config.flags import KVTunerConfig
 from sglang.srt.kvtuner.config.preset import LayerBits, load_preset
-from sglang.srt.kvtuner.config.preset_header import model_name, read_header, recipe_flags, warn_of_mismatch
+from sglang.srt.kvtuner.config.preset_header import model_name, preset_recipe, read_header, warn_of_mismatch
 from sglang.srt.kvtuner.tuner.outputs import write_preset
 
 MIX = (LayerBits(8, 4), LayerBits(2, 2, hadamard_key=True), LayerBits(4, 4, sink_length=4))
@@ -40,10 +40,10 @@ def test_the_name_of_a_model(path, name):
     assert model_name(path) == name
 
 
-def warnings(caplog, config, model):
+def warnings(caplog, config, model, page_size=64):
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="sglang.srt.kvtuner.config.preset_header"):
-        warn_of_mismatch(config, model)
+        warn_of_mismatch(config, model, page_size)
     return caplog.messages
 
 
@@ -54,12 +54,23 @@ def test_another_model_is_named_beside_the_own(preset, caplog):
 
 
 def test_another_recipe_is_told(preset, caplog):
-    config = preset(model="Mine", recipe=recipe_flags(KVTunerConfig(asym=True)))
+    config = preset(model="Mine", recipe=preset_recipe(KVTunerConfig(asym=True), 64))
     (message,) = warnings(caplog, config, "Mine")
     assert "--kvtuner-asym true" in message and "--kvtuner-asym false" in message
 
 
+@pytest.mark.parametrize("tuned, served", [(64, 32), (32, 64), (32, 128)])
+def test_another_page_size_is_told(preset, caplog, tuned, served):
+    config = preset(model="Mine", recipe=preset_recipe(KVTunerConfig(), tuned))
+    assert warnings(caplog, config, "Mine", tuned) == []
+    (message,) = warnings(caplog, config, "Mine", served)
+    for size in (tuned, served):
+        assert (f"--page-size {size}" in message) == (size != 64)
+
+
 def test_what_fits_or_says_nothing_is_silent(preset, caplog):
-    assert warnings(caplog, preset(model="org/Mine", recipe=recipe_flags(KVTunerConfig())), "/somewhere/mine") == []
+    assert (
+        warnings(caplog, preset(model="org/Mine", recipe=preset_recipe(KVTunerConfig(), 64)), "/somewhere/mine") == []
+    )
     assert warnings(caplog, preset(), "Mine") == []
     assert warnings(caplog, KVTunerConfig(), "Mine") == []

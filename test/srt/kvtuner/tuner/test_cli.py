@@ -37,6 +37,24 @@ def test_impossible_settings_are_named(capsys, monkeypatch, arguments, problem):
     assert problem in refusal(capsys, "evaluate", "--configs", "K8V8", *arguments)
 
 
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (("--page-size", "32"), "--page-size is 32 after -- and 64 before; give it before -- alone"),
+        (("--model-path", "other"), "--model-path is other after -- and no-such-model before; give it before -- alone"),
+        (("--enable-kvtuner-quant",), "--enable-kvtuner-quant stands after --; the tuner turns the cache on itself"),
+        (
+            ("--enable-kvtuner-quant", "--kvtuner-asym"),
+            "--enable-kvtuner-quant stands after --; the tuner turns the cache on itself",
+        ),
+    ],
+)
+def test_server_flags_that_contradict_the_tuner_are_named(capsys, flags, problem):
+    command = ("evaluate", "--configs", "K8V8", "--model-path", "no-such-model", "--", "--device", "cpu", *flags)
+    assert main([*command]) == 1
+    assert problem in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_search_settings_are_named(capsys):
     pytest.importorskip("optuna", reason="the search needs optuna")
     pytest.importorskip("matplotlib", reason="the search plots with matplotlib")
@@ -64,13 +82,13 @@ def test_configurations_become_server_flags():
     assert bits_of(row) == [(8, 4)] * 3
     assert " ".join(row.flags) == (
         "--enable-kvtuner-quant --kvtuner-nbits-key 8 --kvtuner-nbits-value 4 --kvtuner-asym true --kvtuner-axis-key 1 "
-        "--kvtuner-axis-value 0 --kvtuner-q-group-size 32 --kvtuner-residual-length 0"
+        "--kvtuner-axis-value 0 --kvtuner-q-group-size 32 --kvtuner-residual-length 0 --page-size 64"
     )
     assert parse_configuration("unquantized", BASE, **SHAPE).flags == []
     assert bits_of(parse_configuration("K16V4", BASE, **SHAPE)) == [(16, 4)] * 3
     rotated = parse_configuration("sym/K-token-rotated/V-token/g64:K4V4", KVTunerConfig(sink_length=4), **SHAPE)
     assert " ".join(rotated.flags).endswith(
-        "--kvtuner-hadamard-key true --kvtuner-sink-length 4 --kvtuner-residual-length 128"
+        "--kvtuner-hadamard-key true --kvtuner-sink-length 4 --kvtuner-residual-length 128 --page-size 64"
     )
 
 
@@ -98,6 +116,11 @@ def test_a_preset_of_another_layer_count_is_refused(tmp_path):
         parse_configuration(str(path), BASE, **SHAPE)
     row = parse_configuration(str(path), BASE, **{**SHAPE, "num_layers": 2})
     assert bits_of(row) == [(8, 4)] * 2 and row.flags[1:3] == ["--kvtuner-config", str(path)]
+
+
+def test_a_configuration_is_served_with_pages_of_the_size_that_it_was_scored_with():
+    row = parse_configuration("K8V4", BASE, **{**SHAPE, "page_size": 32})
+    assert row.flags[-2:] == ["--page-size", "32"]
 
 
 def test_recall_items_hold_their_answer_once():

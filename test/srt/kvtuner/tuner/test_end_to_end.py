@@ -9,7 +9,8 @@ import time
 import pytest
 
 from harness import fake_quant
-from serverctl import device_flags, server_environment
+from launcher import server_environment
+from machine import device_flags
 from sglang.srt.kvtuner.config.preset import load_preset
 from sglang.srt.kvtuner.config.preset_header import read_header
 from sglang.srt.kvtuner.tuner.recipe import average_bits
@@ -72,7 +73,7 @@ def tuner(model, out, command, *options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=server_environment(),
+        env=server_environment(device_flags()),
     )
 
 
@@ -140,6 +141,13 @@ def test_figures_are_those_of_an_independent_simulation(tmp_path, smollm2_checkp
         assert math.log(row["perplexity"]) == pytest.approx(-float(logprobs.mean()), abs=5e-4)
     # What quantization changes is an order of magnitude above the tolerance.
     assert abs(float((expected[0] - expected[1]).mean())) > 2e-2
+
+
+def test_a_cache_that_a_batch_does_not_fit_in_is_told(tmp_path, random_llama):
+    process = tuner(random_llama(), tmp_path, "evaluate", "--configs", "K4V4", "--", "--max-total-tokens", "192")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "--batch is 1; its windows have 256 tokens" in errors and "leaves the unquantized cache 192" in errors
 
 
 def test_own_tasks_of_lm_eval(tmp_path, smollm2_checkpoint):

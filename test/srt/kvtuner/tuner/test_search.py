@@ -41,9 +41,6 @@ class Texts:
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Call with a folder's name, and after how many scores to be interrupted; returns front and number of scores."""
-    engine = SimpleNamespace(
-        settings=EngineSettings("a-model"), num_layers=LAYERS, head_dim=64, kv_heads=2, full_precision_bytes=2
-    )
     errors = [{pair: (i + 1) / (pair.key + pair.value) for pair in ALL_PAIRS} for i in range(LAYERS)]
     monkeypatch.setattr(
         search_module.sensitivity,
@@ -54,7 +51,14 @@ def start(tmp_path, monkeypatch):
         ),
     )
 
-    def start(name, interrupt_after=None, settings=SETTINGS):
+    def start(name, interrupt_after=None, settings=SETTINGS, page_size=64):
+        engine = SimpleNamespace(
+            settings=EngineSettings("a-model", page_size=page_size),
+            num_layers=LAYERS,
+            head_dim=64,
+            kv_heads=2,
+            full_precision_bytes=2,
+        )
         run = TuningRun(engine, KVTunerConfig(residual_length=0), Texts(), tmp_path / name)
         measured = []
 
@@ -129,6 +133,13 @@ def test_every_point_is_a_preset_with_a_header(start):
     assert header["recipe"].startswith("--kvtuner-asym false --kvtuner-axis-key 0")
     assert header["bits"].startswith(f"{front[-1].nominal_bits:.4g} nominal, ")
     assert f"KL {front[-1].quality.kl:.6g} nats" in header["quality"]
+
+
+def test_the_header_names_pages_of_another_size_than_the_default(start):
+    for page_size, named in ((64, False), (32, True)):
+        start(f"pages-{page_size}", page_size=page_size)
+        recipe = read_header(str(start.folder / f"pages-{page_size}" / "best.yaml"))["recipe"]
+        assert ("--page-size" in recipe) == named == recipe.endswith(" --page-size 32")
 
 
 def test_a_cap_below_every_mix_is_refused_after_the_sensitivity(start):

@@ -21,6 +21,10 @@ FLAG_OF_FIELD = {
 }
 
 
+# Tokens of a page where --page-size is not given.
+DEFAULT_PAGE_SIZE = 64
+
+
 class KVTunerConfigError(ValueError):
     """A flag or preset that cannot work; the message names it, the value, and what would be valid."""
 

@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.flags import DEFAULT_PAGE_SIZE, KVTunerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +55,16 @@ def recipe_flags(config: KVTunerConfig) -> str:
     return flags
 
 
-def preset_recipe(config: KVTunerConfig) -> str:
-    """:func:`recipe_flags` without rotation and sinks, which a preset's layers say themselves."""
-    return recipe_flags(replace(config, hadamard_key=False, sink_length=0))
+def preset_recipe(config: KVTunerConfig, page_size: int) -> str:
+    """:func:`recipe_flags` without rotation and sinks, which a preset's layers say themselves, and with the page size
+    where it is not the default."""
+    recipe = recipe_flags(replace(config, hadamard_key=False, sink_length=0))
+    return recipe if page_size == DEFAULT_PAGE_SIZE else f"{recipe} --page-size {page_size}"
 
 
-def warn_of_mismatch(config: KVTunerConfig, model_path: str) -> None:
-    """Log a warning when the header of the preset in use names another model, or other recipe flags."""
-    path, recipe = config.preset, preset_recipe(config)
+def warn_of_mismatch(config: KVTunerConfig, model_path: str, page_size: int) -> None:
+    """Log a warning when the header of the preset in use names another model, other recipe flags or another page size."""
+    path, recipe = config.preset, preset_recipe(config, page_size)
     if path is None:
         return
     header = read_header(path)

@@ -2,7 +2,7 @@
 
 While the unquantized model runs, each layer's own queries, keys and values are at hand. Per candidate, keys and values
 are quantized and dequantized as the packed cache stores them, the attention output is computed with exactly what the
-cache would show a query (packed pages for old tokens, full precision for its chunk and the residual window), and
+cache would show a query (packed pages for old tokens, full precision for sinks, the residual window and its chunk), and
 compared with the unquantized output. Layers before it are unquantized: the error is the layer's own.
 Source: KVTuner (arXiv 2502.04420), layer-wise sensitivity by relative attention output error.
 """
@@ -31,7 +31,7 @@ ErrorTable = dict[KVTunerConfig, list[dict[LayerBits, float]]]
 def measure_errors(engine: TunerEngine, text: Windows, recipes: tuple[KVTunerConfig, ...]) -> ErrorTable:
     """Relative attention-output errors ``|o - o'| / |o|`` of every layer, pair and recipe.
 
-    Norms run over all heads and scored positions of the text. All recipes must have one residual length.
+    Norms run over all heads and scored positions of the text. All recipes must have one residual and one sink length.
     """
     probe = _Probe(engine.settings, recipes)
     for batch in text.ids.split(engine.settings.batch):
@@ -74,7 +74,7 @@ class _Probe:
         chunk_start = self._rows // settings.chunk * settings.chunk
         packed_end = (chunk_start - recipes[0].residual_length) // settings.page_size * settings.page_size
         self._causal = column <= self._rows[:, None]
-        self._packed = column < packed_end[:, None]
+        self._packed = (column >= recipes[0].sink_length) & (column < packed_end[:, None])
         self._recipes = recipes
         self._squares: dict[tuple, float] = defaultdict(float)
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import DEFAULT_PAGE_SIZE, KVTunerConfig, KVTunerConfigError
 
 _EPILOG = "Server flags for loading the model (--device, --dtype, --mem-fraction-static ...) come last, after --."
 
@@ -84,7 +84,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a window per step (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=4, help="score every STRIDE-th position (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="windows per step (default: %(default)s)")
-    parser.add_argument("--page-size", type=int, default=64, help="as the server's (default: %(default)s)")
+    parser.add_argument(
+        "--page-size", type=int, default=DEFAULT_PAGE_SIZE, help="as the server's (default: %(default)s)"
+    )
     parser.add_argument(
         "--kvtuner-asym", type=_boolean, nargs="?", const=True, default=False, help="as the server's (default: false)"
     )
@@ -137,7 +139,7 @@ def _run(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
     if options.command == "sensitivity":
         import_optional("matplotlib")
         run = _open(options, config, flags)
-        recipes = (config,) if options.only_recipe else sensitivity.all_recipes(config)
+        recipes = (config,) if options.only_recipe else sensitivity.all_recipes(run)
         sensitivity.measure(run, recipes)
     elif options.command == "search":
         import_optional("matplotlib")
@@ -159,7 +161,7 @@ def _run(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
     else:
         tasks = None
         if options.recall or options.lm_eval:
-            server = ("--model-path", options.model_path, "--chunked-prefill-size", str(options.chunk), *flags)
+            server = ("--chunked-prefill-size", str(options.chunk), *flags)
             tasks = TaskSettings(
                 model=options.model_path,
                 server=server,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sglang.srt.kvtuner.config.cache_format import CacheFormat
-from sglang.srt.kvtuner.config.flags import KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import DEFAULT_PAGE_SIZE, KVTunerConfigError
 from sglang.srt.kvtuner.tuner.errors import TuningError
 
 
@@ -36,7 +36,7 @@ class EngineSettings:
     window: int = 512
     chunk: int = 128
     stride: int = 4
-    page_size: int = 64
+    page_size: int = DEFAULT_PAGE_SIZE
     flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class TunerEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
-        self._runner, self.tokenizer = _load(settings.server_args())
+        self._runner, self.tokenizer = _load(settings)
         config = self._runner.model_config
         self.num_layers = config.num_hidden_layers
         self.head_dim = config.head_dim
@@ -84,6 +84,12 @@ class TunerEngine:
         self.full_precision_bytes = self._runner.token_to_kv_pool.dtype.itemsize
         if settings.window > config.context_len:
             raise TuningError(f"--window is {settings.window}; the model's context holds {config.context_len} tokens")
+        needed, room = settings.batch * settings.window, self._runner.max_total_num_tokens
+        if room < needed:
+            raise TuningError(
+                f"--batch is {settings.batch}; its windows have {needed} tokens, and memory or --max-total-tokens after "
+                f"-- leaves the unquantized cache {room}. Give a smaller batch, shorter windows, or more room"
+            )
         self._reference = (self._runner.token_to_kv_pool, self._runner.attn_backend)
         self._head: tuple[Any, torch.Tensor, Any] | None = None
         processor = _logits_processor(self._runner.model)
@@ -201,14 +207,15 @@ class TunerEngine:
         table[1 : s.batch + 1, : s.window] = tokens.view(s.batch, s.window)
 
 
-def _load(argv: list[str]) -> tuple[Any, Any]:
+def _load(settings: EngineSettings) -> tuple[Any, Any]:
     from sglang.benchmark import one_batch
     from sglang.srt.arg_groups.overrides import model_config_of
     from sglang.srt.kvtuner.config.compatibility import refuse_unsupported_device, refuse_unsupported_model
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
-    args = prepare_server_args(argv)
+    args = prepare_server_args(settings.server_args())
+    _refuse_contradictions(args, settings)
     if args.tp_size != 1 or args.pp_size != 1:
         raise TuningError(f"--tp-size is {args.tp_size} and --pp-size {args.pp_size}; the tuner runs on one device")
     try:
@@ -226,6 +233,21 @@ def _load(argv: list[str]) -> tuple[Any, Any]:
     with contextlib.redirect_stdout(sys.stderr):  # it prints; standard output is for results
         wrapped, tokenizer = one_batch.load_model(args, PortArgs.init_new(args), 0, 0)
     return wrapped.torch_runner, tokenizer
+
+
+def _refuse_contradictions(args: Any, settings: EngineSettings) -> None:
+    """The tuner's own options do not hold where server flags have the last word."""
+    if args.enable_kvtuner_quant:
+        raise TuningError(
+            "--enable-kvtuner-quant stands after --; the tuner turns the cache on itself, for what it compares with the "
+            "unquantized one. Give --kvtuner-* flags before --"
+        )
+    for flag, given, own in (
+        ("--model-path", args.model_path, settings.model),
+        ("--page-size", args.page_size, settings.page_size),
+    ):
+        if given != own:
+            raise TuningError(f"{flag} is {given} after -- and {own} before; give it before -- alone")
 
 
 def _logits_processor(model: torch.nn.Module) -> torch.nn.Module:

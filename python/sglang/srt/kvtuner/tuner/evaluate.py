@@ -34,8 +34,9 @@ class Configuration:
             bits = ["--kvtuner-nbits-key", str(config.nbits_key), "--kvtuner-nbits-value", str(config.nbits_value)]
         else:
             bits = ["--kvtuner-config", config.preset]
-        residual = ["--kvtuner-residual-length", str(config.residual_length)]
-        return ["--enable-kvtuner-quant", *bits, *recipe_flags(config).split(), *residual]
+        lengths = ["--kvtuner-residual-length", str(config.residual_length)]
+        lengths += ["--page-size", str(self.cache_format.page_size)]
+        return ["--enable-kvtuner-quant", *bits, *recipe_flags(config).split(), *lengths]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from sglang.srt.kvtuner.config.cache_format import CacheFormat, build_cache_format
 from sglang.srt.kvtuner.config.flags import KVTunerConfig
@@ -29,13 +30,15 @@ def average_bits(mix: tuple[LayerBits, ...]) -> float:
     return sum(pair.key + pair.value for pair in mix) / (2 * len(mix))
 
 
-def recipe_name(config: KVTunerConfig) -> str:
-    """Symmetry, axes and group size in words, without commas or spaces."""
+def recipe_name(config: KVTunerConfig, **changes: Any) -> str:
+    """Symmetry, axes and group size in words, without commas or spaces. changes: fields that differ from ``config``'s,
+    even where no config can have them."""
+    fields = {**vars(config), **changes}
     axes = {0: "token", 1: "channel"}
-    symmetry = "asym" if config.asym else "sym"
-    group = "all" if config.group_size == -1 else str(config.group_size)
-    key = axes[config.axis_key] + ("-rotated" if config.hadamard_key else "")
-    return f"{symmetry}/K-{key}/V-{axes[config.axis_value]}/g{group}"
+    symmetry = "asym" if fields["asym"] else "sym"
+    group = "all" if fields["group_size"] == -1 else str(fields["group_size"])
+    key = axes[fields["axis_key"]] + ("-rotated" if fields["hadamard_key"] else "")
+    return f"{symmetry}/K-{key}/V-{axes[fields['axis_value']]}/g{group}"
 
 
 def parse_recipe(name: str, base: KVTunerConfig) -> KVTunerConfig:
@@ -55,7 +58,7 @@ def parse_recipe(name: str, base: KVTunerConfig) -> KVTunerConfig:
 
 
 class FormatMaker:
-    """Cache formats for one model and recipe."""
+    """Cache formats for one model and recipe. Raises KVTunerConfigError for a recipe that a server refuses."""
 
     def __init__(self, config: KVTunerConfig, *, num_layers: int, head_dim: int, page_size: int) -> None:
         self._uniform = {

@@ -180,7 +180,7 @@ def _header(run: TuningRun, point: FrontPoint) -> dict[str, str]:
     return {
         "written by": "sglang kvtuner search",
         "model": run.settings["model"],
-        "recipe": preset_recipe(run.config),
+        "recipe": preset_recipe(run.config, engine.settings.page_size),
         "bits": f"{point.nominal_bits:.4g} nominal, {point.stored_bits:.4g} stored per element",
         "quality": f"KL {quality.kl:.6g} nats, perplexity {quality.perplexity:.5g}, top-1 agreement {quality.top1:.4f}",
         "scored with": f"search text {run.settings['texts'][SEARCH]}, windows of {engine.settings.window} tokens in "

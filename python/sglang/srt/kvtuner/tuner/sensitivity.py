@@ -9,27 +9,33 @@ import json
 from dataclasses import asdict, replace
 from itertools import product
 
-from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
 from sglang.srt.kvtuner.config.preset import LayerBits
 from sglang.srt.kvtuner.tuner.attention_error import ErrorTable, measure_errors
 from sglang.srt.kvtuner.tuner.outputs import text_table, write_json, write_text
 from sglang.srt.kvtuner.tuner.pareto import pareto_front
 from sglang.srt.kvtuner.tuner.plots import heat_map
-from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, BEST_PAIR, parse_pair, recipe_name
+from sglang.srt.kvtuner.tuner.recipe import ALL_PAIRS, BEST_PAIR, FormatMaker, parse_pair, recipe_name
 from sglang.srt.kvtuner.tuner.run import CALIBRATION, TuningRun
 
 # Per layer: pair of bits to what it alone adds to the output's divergence, nats.
 Damage = list[dict[LayerBits, float]]
 
 
-def all_recipes(config: KVTunerConfig) -> tuple[KVTunerConfig, ...]:
-    """The run's recipe first, then every other symmetry and pair of axes with its group size."""
-    others = (
-        replace(config, asym=asym, axis_key=key, axis_value=value)
-        for asym, key, value in product((False, True), (0, 1), (0, 1))
-        if config.group_size != -1 or key == value == 0
-    )
-    return tuple(dict.fromkeys((config, *others)))
+def all_recipes(run: TuningRun) -> tuple[KVTunerConfig, ...]:
+    """The run's recipe first, then every other symmetry and pair of axes with its group size that a server accepts for
+    this model. The log names those that are left out, and why."""
+    found = {run.config: None}
+    for asym, key, value in product((False, True), (0, 1), (0, 1)):
+        axes = dict(asym=asym, axis_key=key, axis_value=value)
+        try:
+            recipe = replace(run.config, **axes)
+            FormatMaker(recipe, **run.shape)
+        except KVTunerConfigError as error:
+            run.say(f"sensitivity: recipe {recipe_name(run.config, **axes)} is left out, a server refuses it: {error}")
+        else:
+            found[recipe] = None
+    return tuple(found)
 
 
 def attention_errors(run: TuningRun, recipes: tuple[KVTunerConfig, ...]) -> ErrorTable:
@@ -77,7 +83,11 @@ def output_damage(run: TuningRun, fronts: list[tuple[LayerBits, ...]]) -> Damage
 
 def measure(run: TuningRun, recipes: tuple[KVTunerConfig, ...]) -> tuple[list[tuple[LayerBits, ...]], Damage]:
     """Measure everything for the run's recipe (the first of ``recipes``), the attention errors for all of them, and
-    write table, JSON and heat map. Returns the run's recipe's fronts and damage."""
+    write table, JSON and heat map. Returns the run's recipe's fronts and damage.
+
+    Raises KVTunerConfigError, before anything is measured, for a recipe that a server refuses.
+    """
+    _ = run.formats
     errors = attention_errors(run, recipes)
     heat_map(run.folder / "sensitivity.png", errors)
     fronts = [pareto_front(layer) for layer in errors[run.config]]

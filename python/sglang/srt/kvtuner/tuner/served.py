@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +17,9 @@ from typing import Any
 
 from sglang.srt.kvtuner.tuner.errors import TuningError
 from sglang.srt.kvtuner.tuner.evaluate import Configuration
+from sglang.srt.kvtuner.tuner.server_process import Server, ServerError
 
 RECALL = "recall"
-_HOST = "127.0.0.1"
 _GOODS = [
     "anvil",
     "apron",
@@ -98,13 +95,11 @@ _GOODS = [
     "wheel",
     "whip",
 ]
-# No proxy that the environment may name: traffic stays on this machine.
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """server: server flags beside the configuration's (model and device among them). log: file for the server's log.
+    """model: checkpoint folder or Hugging Face name. server: flags beside the configuration's. log: the server's.
     recall: items of the built-in task, 0 leaves it out. lm_eval: its tasks, comma-separated, or None. limit: documents
     per lm-eval task. include_path: folder with definitions of further tasks, or None."""
 
@@ -125,11 +120,11 @@ class TaskSettings:
 def run_tasks(settings: TaskSettings, configuration: Configuration) -> dict[str, float]:
     """Serve a configuration and score it; returns shares of right answers by task."""
     scores = {}
-    with serve(settings, configuration.flags) as url:
+    with serve(settings, configuration.flags) as server:
         if settings.recall:
-            scores[RECALL] = _recall(url, settings)
+            scores[RECALL] = _recall(server, settings)
         if settings.lm_eval:
-            scores |= _lm_eval(url, settings)
+            scores |= _lm_eval(server.url, settings)
     return scores
 
 
@@ -145,10 +140,10 @@ def recall_items(count: int, seed: int) -> list[tuple[str, str]]:
     return items
 
 
-def _recall(url: str, settings: TaskSettings) -> float:
+def _recall(server: Server, settings: TaskSettings) -> float:
     items = recall_items(settings.recall, settings.seed)
     payload = {"model": "default", "prompt": [p for p, _ in items], "temperature": 0, "max_tokens": 8}
-    choices = _post(f"{url}/v1/completions", payload)["choices"]
+    choices = server.request("/v1/completions", payload, timeout=1800)["choices"]
     answers = {choice["index"]: choice["text"].strip() for choice in choices}
     return sum(answers[i].startswith(number) for i, (_, number) in enumerate(items)) / len(items)
 
@@ -185,48 +180,16 @@ def shares_of_right_answers(results: dict[str, dict[str, Any]]) -> dict[str, flo
 
 
 @contextmanager
-def serve(settings: TaskSettings, flags: list[str], timeout: float = 900.0) -> Iterator[str]:
-    """A server for the time of a ``with`` block; yields its address.
+def serve(settings: TaskSettings, flags: list[str], timeout: float = 900.0) -> Iterator[Server]:
+    """A server for the time of a ``with`` block.
 
-    Raises TuningError, with the end of its log, when it does not come up within ``timeout`` seconds.
+    Raises TuningError, with the end of its log, when it does not come up within ``timeout`` seconds or fails a request.
     """
-    from sglang.srt.utils import kill_process_tree
-
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        port = probe.getsockname()[1]
-    url = f"http://{_HOST}:{port}"
-    command = [sys.executable, "-m", "sglang.launch_server", "--host", _HOST, "--port", str(port)]
     settings.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(settings.log, "wb") as log:
-        process = subprocess.Popen(
-            [*command, *settings.server, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
+    # Whether the hub may be asked is the user's choice: the model may be a name.
+    env = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE")}
     try:
-        end = time.monotonic() + timeout
-        while not _healthy(url):
-            if process.poll() is not None or time.monotonic() > end:
-                tail = "\n".join(settings.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
-                raise TuningError(f"the server for {' '.join(flags) or 'upstream'} did not start:\n{tail}")
-            time.sleep(1)
-        yield url
-    finally:
-        kill_process_tree(process.pid)
-        process.wait()
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with _opener.open(f"{url}/health", timeout=30) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-def _post(url: str, payload: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(payload).encode(), {"Content-Type": "application/json"})
-    try:
-        with _opener.open(request, timeout=1800) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        raise TuningError(f"{url} answered with {error.code}: {error.read().decode(errors='replace')}") from error
+        with Server(settings.model, [*settings.server, *flags], log_path=settings.log, env=env) as server:
+            yield server.wait_until_healthy(timeout)
+    except ServerError as error:
+        raise TuningError(f"the server for {' '.join(flags) or 'upstream'}: {error}") from error

@@ -7,7 +7,9 @@ import time
 import psutil
 import pytest
 
-from serverctl import ROOT, Server, ServerError, server_environment
+import launcher
+from launcher import ROOT
+from sglang.srt.kvtuner.tuner.server_process import Server, ServerError, server_environment
 
 # Starts a child that ignores SIGTERM, says its process id, and serves: /health, an error, and what it was sent.
 STAND_IN = """
@@ -90,7 +92,7 @@ def test_a_server_ends_with_a_killed_caller(tmp_path):
     caller = f"""
 import sys, time
 sys.path[:0] = [{str(ROOT / "scripts")!r}]
-from serverctl import Server
+from launcher import Server
 server = Server("model", log_path={str(tmp_path / "server.log")!r})
 server.command = [sys.executable, "-c", "import time; time.sleep(600)"]
 print(server.start()._process.pid, flush=True)
@@ -116,3 +118,32 @@ def test_variables_given_win_and_none_removes(monkeypatch):
     assert environment["HF_HUB_OFFLINE"] == "0"
     assert environment["OMP_NUM_THREADS"] == "3"
     assert "UNWANTED" not in environment
+
+
+@pytest.mark.parametrize(
+    "flags, on_cpu",
+    [
+        (("--device", "cpu"), True),
+        (("--device=cpu", "--tp-size", "2"), True),
+        (("--device", "cpu", "--device", "cuda"), False),
+        (("--tp-size", "2"), False),
+    ],
+)
+def test_the_environment_follows_the_device(monkeypatch, flags, on_cpu):
+    names = ("SGLANG_USE_CPU_ENGINE", "SGLANG_CPU_OMP_THREADS_BIND")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    environment = server_environment(flags, ranks=2)
+    assert [name in environment for name in names] == [on_cpu] * 2
+
+
+def test_scripts_load_the_launcher_without_the_package():
+    code = "import sys, launcher; print(sorted({'sglang', 'torch'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_scripts_and_package_share_one_launcher():
+    assert launcher.Server is Server and launcher.ServerError is ServerError
