@@ -7,6 +7,8 @@ only if the server answered; otherwise the end of the server's log is printed. T
 """
 
 import argparse
+import json
+import shlex
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ from launcher import ROOT, Server, ServerError
 from machine import device_flags
 
 QUESTION = "What is the capital of France?"
+CHAT = "/v1/chat/completions"
 
 TEXT = ROOT / "test" / "data" / "prose.txt"
 RESIDUAL_LENGTH, PAGE_SIZE = 128, 64
@@ -101,17 +104,23 @@ def ask(server, question, before=()):
 
     ``before`` are chat messages that precede the question. Raises ServerError when the answer is empty.
     """
-    payload = {
-        "model": "default",
-        "messages": [*before, {"role": "user", "content": question}],
-        "temperature": 0,
-        "max_tokens": 64,
-    }
-    reply = server.request("/v1/chat/completions", payload)
+    reply = server.request(CHAT, chat_payload(question, before))
     content = (reply["choices"][0]["message"]["content"] or "").strip()
     if not content:
         raise server.error("the model's answer is empty")
     return content, reply["usage"]["prompt_tokens"]
+
+
+def chat_payload(question, before=()):
+    """What is sent for a question at temperature 0; ``before`` as in :func:`ask`."""
+    messages = [*before, {"role": "user", "content": question}]
+    return {"model": "default", "messages": messages, "temperature": 0, "max_tokens": 64}
+
+
+def curl_command(url):
+    """A shell command that asks the server at ``url`` the question."""
+    command = ["curl", "-s", url + CHAT, "-H", "Content-Type: application/json", "-d"]
+    return shlex.join([*command, json.dumps(chat_payload(QUESTION))])
 
 
 def cost_table(server_info):
@@ -136,7 +145,8 @@ def cost_table(server_info):
 
 
 def _keep_serving(server):
-    print(f"\nserving on {server.url} until Ctrl-C; log: {server.log_path}", flush=True)
+    print(f"\nserving on {server.url} until Ctrl-C; log: {server.log_path}. Ask it from another terminal:\n")
+    print(curl_command(server.url), flush=True)
     while server.alive():
         time.sleep(0.5)
     raise server.error("the server ended by itself")

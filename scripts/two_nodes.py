@@ -93,12 +93,12 @@ class TwoNodes:
         flags: flags of both nodes; those that say which node is which are added.
         folder: gets the logs, node0.log and node1.log.
         tp_size: tensor-parallel ranks, half of them on each node.
-        flags_of_node_1: flags of node 1, where they are not those of node 0.
+        flags_of_node_1, model_of_node_1: those of node 1, where they are not those of node 0.
         env: further environment variables of both.
     """
 
-    def __init__(self, model, flags, *, folder, tp_size=4, flags_of_node_1=None, env=None):
-        self._model = model
+    def __init__(self, model, flags, *, folder, tp_size=4, flags_of_node_1=None, model_of_node_1=None, env=None):
+        self._models = (model, model if model_of_node_1 is None else model_of_node_1)
         self._flags = (flags, flags if flags_of_node_1 is None else flags_of_node_1)
         self._folder = Path(folder)
         self._tp_size = tp_size
@@ -125,7 +125,7 @@ class TwoNodes:
         flags += ["--dist-init-addr", f"{init_address}:{INIT_PORT}", *self._flags[rank]]
         log_path = self._folder / f"node{rank}.log"
         return Node(
-            rank, namespace, self._model, flags, log_path=log_path, local_ranks=self._tp_size // 2, env=self._env
+            rank, namespace, self._models[rank], flags, log_path=log_path, local_ranks=self._tp_size // 2, env=self._env
         )
 
     def wait_until_healthy(self, timeout=600.0, progress=None):

@@ -29,9 +29,13 @@ def fork(tmp_path) -> Fork:
 
 
 @pytest.fixture(scope="session")
-def upstream() -> Path:
+def upstream(tmp_path_factory) -> Path:
     """The real pinned wheel."""
-    return fetch.fetch(Pin.load())
+    pin = Pin.load()
+    path = tmp_path_factory.mktemp("pinned") / fetch.select(pin)
+    with fetch.fetch(pin) as file:
+        path.write_bytes(file.read())
+    return path
 
 
 @pytest.fixture(scope="session")

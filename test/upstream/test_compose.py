@@ -100,14 +100,14 @@ def test_kernel_sources_are_placed_by_suffix(fork):
         fork.write(f"sgl-kernel/{name}", "")
     assert set(own.find(fork.root)) == {
         "sglang/srt/ours.py",
-        "sglang/kernels/jit/include/sgl_kernel/kvtuner/codec.cuh",
-        "sglang/kernels/jit/include/sgl_kernel/kvtuner/deep/page.h",
-        "sglang/kernels/jit/csrc/kvtuner/pack.cu",
+        "sglang/kernels/jit/include/codec.cuh",
+        "sglang/kernels/jit/include/deep/page.h",
+        "sglang/kernels/jit/csrc/pack.cu",
     }
 
 
 def test_two_own_files_of_one_name_are_refused(fork):
-    fork.write("python/sglang/kernels/jit/csrc/kvtuner/pack.cu", "")
+    fork.write("python/sglang/kernels/jit/csrc/pack.cu", "")
     fork.write("sgl-kernel/csrc/pack.cu", "")
     with pytest.raises(ForkError, match="two own files"):
         own.find(fork.root)

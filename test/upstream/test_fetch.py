@@ -3,12 +3,15 @@
 import hashlib
 import subprocess
 import sys
+import zipfile
+from io import BytesIO
 
 import pytest
 from packaging.tags import Tag
-from synthetic import TAG
+from synthetic import TAG, UPSTREAM
 
 from backend import fetch
+from backend import wheel as wheels
 from backend.errors import ForkError
 from backend.pin import Pin
 
@@ -74,12 +77,12 @@ def test_the_real_pin_has_a_wheel_for_every_supported_platform(python, machine):
 
 def test_a_given_file_is_used(pin, wheel, monkeypatch):
     monkeypatch.setenv(fetch.WHEEL, str(wheel))
-    assert fetch.fetch(pin) == wheel
+    assert fetch.fetch(pin).read() == wheel.read_bytes()
 
 
 def test_a_given_folder_is_used(pin, wheel, monkeypatch):
     monkeypatch.setenv(fetch.FIND_LINKS, str(wheel.parent))
-    assert fetch.fetch(pin) == wheel
+    assert fetch.fetch(pin).read() == wheel.read_bytes()
 
 
 @pytest.mark.parametrize("variable", [fetch.WHEEL, fetch.FIND_LINKS])
@@ -87,6 +90,33 @@ def test_a_wrong_hash_names_the_file_and_both_hashes(pin, wheel, monkeypatch, va
     monkeypatch.setenv(variable, str(wheel if variable == fetch.WHEEL else wheel.parent))
     message = failure(wrong(pin))
     assert NAME in message and f"expected {'f' * 64}" in message and f"got      {fetch.digest(wheel)}" in message
+
+
+def replace_file(path, content):
+    other = path.with_suffix(".other")
+    other.write_bytes(content)
+    other.replace(path)
+
+
+def overwrite_file(path, content):
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("swap", [replace_file, overwrite_file])
+@pytest.mark.parametrize("origin", [fetch.WHEEL, fetch.FIND_LINKS, fetch.CACHE])
+def test_what_was_hashed_is_what_is_unpacked(pin, wheel, cache, index, tmp_path, monkeypatch, origin, swap):
+    """Also where somebody puts another file in its place in between."""
+    if origin == fetch.CACHE:
+        fetch.fetch(pin)
+    else:
+        monkeypatch.setenv(origin, str(wheel if origin == fetch.WHEEL else wheel.parent))
+    file = BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("sglang/__init__.py", "swapped in")
+    upstream = fetch.fetch(pin)
+    swap(cache / NAME if origin == fetch.CACHE else wheel, file.getvalue())
+    wheels.unpack(upstream, tmp_path / "tree")
+    assert (tmp_path / "tree/sglang/__init__.py").read_text() == UPSTREAM["sglang/__init__.py"]
 
 
 @pytest.mark.parametrize("variable", [fetch.WHEEL, fetch.FIND_LINKS])
@@ -97,19 +127,21 @@ def test_a_missing_file_is_named(pin, tmp_path, monkeypatch, variable):
 
 
 def test_pip_fills_the_cache(pin, cache, index):
-    assert fetch.fetch(pin) == cache / NAME
+    assert fetch.fetch(pin).read() == (index / NAME).read_bytes()
     assert [path.name for path in cache.iterdir()] == [NAME]
 
 
 def test_the_cache_is_used_without_pip(pin, cache, index, monkeypatch):
     fetch.fetch(pin)
     monkeypatch.setattr(fetch, "pip_download", None)
-    assert fetch.fetch(pin) == cache / NAME
+    assert fetch.fetch(pin).read() == (cache / NAME).read_bytes()
 
 
 def test_a_damaged_cached_file_is_fetched_again(pin, cache, index):
-    fetch.fetch(pin).write_bytes(b"damaged")
-    assert fetch.digest(fetch.fetch(pin)) == pin.sha256[NAME]
+    fetch.fetch(pin)
+    (cache / NAME).write_bytes(b"damaged")
+    assert fetch.fetch(pin).read() == (index / NAME).read_bytes()
+    assert fetch.digest(cache / NAME) == pin.sha256[NAME]
 
 
 def test_pip_finding_another_file_is_the_same_error(pin, cache, index):
@@ -128,7 +160,7 @@ def test_pip_finding_nothing_says_what_else_can_be_done(pin, cache, index):
 def test_constraints_of_the_user_do_not_stop_the_download(pin, cache, index, tmp_path, monkeypatch):
     (tmp_path / "constraints.txt").write_text("sglang<1\n")
     monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "constraints.txt"))
-    assert fetch.fetch(pin) == cache / NAME
+    assert fetch.fetch(pin).read() == (cache / NAME).read_bytes()
 
 
 def test_a_cache_that_cannot_be_made_is_named(pin, tmp_path, monkeypatch):

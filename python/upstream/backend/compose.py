@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 from . import edits, own, review, wheel
 from .errors import ForkError
 from .pin import ROOT, Pin
 
 
-def compose(pin: Pin, upstream: Path, tree: Path, *, root: Path = ROOT, link: bool = False) -> None:
+def compose(pin: Pin, upstream: BinaryIO, tree: Path, *, root: Path = ROOT, link: bool = False) -> None:
     """Compose the fork in the empty folder `tree` from the wheel `upstream`; own files are linked with `link`.
 
     Raises ForkError where an edit cannot be applied or needs review, or upstream has an own file too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from .compose import compose
 from .pin import ROOT, Pin
@@ -13,7 +14,7 @@ TREES = Path("build/editable")
 PATH_FILE = "__editable__.sglang.pth"
 
 
-def lay_out(pin: Pin, upstream: Path, name: str, staging: Path, root: Path = ROOT) -> Path:
+def lay_out(pin: Pin, upstream: BinaryIO, name: str, staging: Path, root: Path = ROOT) -> Path:
     """Compose build/editable/NAME anew and return it; `staging` gets what the wheel holds: metadata and path file."""
     trees = root / TREES
     trees.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.tags import Tag, sys_tags
 from packaging.utils import parse_wheel_filename
@@ -41,11 +44,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(pin: Pin, tags: Iterable[Tag] | None = None) -> Path:
-    """The pinned wheel as a local file with the pinned hash.
+def fetch(pin: Pin, tags: Iterable[Tag] | None = None) -> BinaryIO:
+    """The pinned wheel, open for reading, with the pinned hash.
 
-    It comes from the file in $SGLANG_UPSTREAM_WHEEL, else from the folder in $SGLANG_UPSTREAM_FIND_LINKS, else from the
-    cache ($SGLANG_UPSTREAM_CACHE), which pip fills. Raises ForkError where it is missing or its hash is another.
+    What is read is in memory: whatever happens to the file that it came from, its bytes are those that were checked.
+    It comes from the file in $SGLANG_UPSTREAM_WHEEL, else from the folder in
+    $SGLANG_UPSTREAM_FIND_LINKS, else from the cache ($SGLANG_UPSTREAM_CACHE), which pip fills. Raises ForkError where it
+    is missing or its hash is another.
     """
     name = select(pin, tags)
     if given := os.environ.get(WHEEL):
@@ -53,9 +58,11 @@ def fetch(pin: Pin, tags: Iterable[Tag] | None = None) -> Path:
     if folder := os.environ.get(FIND_LINKS):
         return _checked(Path(folder, name), pin.sha256[name], f"{FIND_LINKS}: ", name)
     cached = cache_folder() / name
-    if not cached.is_file() or digest(cached) != pin.sha256[name]:
-        _download_pinned(pin, name, cached)
-    return cached
+    if cached.is_file():
+        with suppress(ForkError):
+            return _checked(cached, pin.sha256[name], "", name)
+    _download_pinned(pin, name, cached)
+    return _checked(cached, pin.sha256[name], "", name)
 
 
 def cache_folder() -> Path:
@@ -106,15 +113,18 @@ def _download_pinned(pin: Pin, name: str, target: Path) -> None:
                 f"pip could not download {name}: {failure.reason()}\n"
                 f"Without an index, name the file in {WHEEL} or its folder in {FIND_LINKS}."
             ) from None
-        os.replace(_checked(found, expected, "", name), target)
+        # pip has checked the hash; it is checked again each time that the cached file is read.
+        os.replace(found, target)
 
 
-def _checked(path: Path, expected: str, prefix: str, name: str) -> Path:
+def _checked(path: Path, expected: str, prefix: str, name: str) -> BinaryIO:
+    """The file as it was when its hash was checked. Raises ForkError where it has another."""
     if not path.is_file():
         raise ForkError(f"{prefix}{path} is no file; {name} is needed")
-    if (got := digest(path)) != expected:
+    data = path.read_bytes()
+    if (got := hashlib.sha256(data).hexdigest()) != expected:
         raise ForkError(prefix + _wrong_hash(path.name, expected, got))
-    return path
+    return io.BytesIO(data)
 
 
 def _wrong_hash(name: str, expected: str, got: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.utils import parse_wheel_filename
 
@@ -16,7 +17,7 @@ from .pin import ROOT, Pin
 _LIBC_MINORS = range(17, 46)
 
 
-def judge(upstream: Path, pin: Pin, root: Path = ROOT) -> tuple[list[review.Finding], list[str]]:
+def judge(upstream: Path | BinaryIO, pin: Pin, root: Path = ROOT) -> tuple[list[review.Finding], list[str]]:
     """How every edit fits the wheel `upstream`, and the own files that are in it too, by installed path."""
     with tempfile.TemporaryDirectory() as folder:
         wheel.unpack(upstream, Path(folder))

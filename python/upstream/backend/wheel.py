@@ -10,12 +10,13 @@ import os
 import time
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 # 1980-01-01, the first day that a zip file can name.
 FIRST_DAY = 315532800
 
 
-def unpack(wheel: Path, folder: Path, only: str = "") -> None:
+def unpack(wheel: Path | BinaryIO, folder: Path, only: str = "") -> None:
     """Unpack what begins with `only` into `folder`, with the executable bits that zipfile itself does not restore."""
     with zipfile.ZipFile(wheel) as archive:
         for entry in archive.infolist():

@@ -83,13 +83,31 @@ def two_nodes(model, answers_of_one_rank, tmp_path_factory):
         yield server.wait_until_healthy()
 
 
-def test_other_bits_on_a_node_stop_both(model, tmp_path):
-    other = [*FLAGS, "--kvtuner-nbits-key", "8"]
-    with TwoNodes(model, FLAGS, folder=tmp_path, tp_size=2, flags_of_node_1=other, env=ENV) as server:
+def test_other_settings_on_a_node_stop_both(model, tmp_path):
+    """Before the model is loaded: afterwards another dtype or chunk size is a transport error that names nothing."""
+    ours = [*FLAGS, "--chunked-prefill-size", "128"]
+    theirs = [*FLAGS, "--chunked-prefill-size", "256", "--dtype", "bfloat16", "--kvtuner-nbits-key", "8"]
+    with TwoNodes(model, ours, folder=tmp_path, tp_size=2, flags_of_node_1=theirs, env=ENV) as server:
         wait_until_ended(server.nodes, SECONDS_TO_REFUSE)
         first, second = server.nodes
-        assert_refused(first, r"This is rank 0 on .*rank 1 on .* differs: key nbits: here 4, there 8 \(all layers\)")
-        assert_refused(second, r"This is rank 1 on .*rank 0 on .* differs: key nbits: here 8, there 4 \(all layers\)")
+        for name, values in {
+            "key nbits": ("4", "8"),
+            "--dtype": ("float32", "bfloat16"),
+            "--chunked-prefill-size": ("128", "256"),
+        }.items():
+            told = name + ": here {}, there {}"
+            assert_refused(first, "This is rank 0 on .*rank 1 on .* differs: .*" + told.format(*values))
+            assert_refused(second, "This is rank 1 on .*rank 0 on .* differs: .*" + told.format(*reversed(values)))
+        assert all("Load weight begin" not in node.log_text() for node in server.nodes)
+
+
+def test_another_checkpoint_of_the_same_shape_on_a_node_stops_both(model, tmp_path):
+    """Both nodes would serve, and answer with wrong tokens from the first on."""
+    other = harness.random_llama(seed=1)
+    with TwoNodes(model, FLAGS, folder=tmp_path, tp_size=2, model_of_node_1=other, env=ENV) as server:
+        wait_until_ended(server.nodes, SECONDS_TO_REFUSE)
+        for node in server.nodes:
+            assert_refused(node, "differs: model weights: file model.safetensors differs")
 
 
 def test_a_node_without_the_quantized_cache_stops_both(model, tmp_path):

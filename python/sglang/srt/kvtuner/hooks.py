@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import ServerArgs
 
 
 def enabled() -> bool:
@@ -22,6 +23,17 @@ def enabled() -> bool:
     if not context.is_config_namespace_published("kvtuner"):
         return False
     return context.config_bag("kvtuner").enable_kvtuner_quant
+
+
+def require_same_setup(server_args: ServerArgs) -> None:
+    """Stop every rank where one has other flags, another model or other code.
+
+    Called as soon as the ranks' process group stands, before the model is loaded. Raises RuntimeError on all ranks.
+    """
+    from sglang.srt.kvtuner.config.agreement import require_agreement
+    from sglang.srt.kvtuner.config.common_settings import setup_of
+
+    require_agreement(lambda: setup_of(server_args))
 
 
 def build_configurator(kvc: KVCacheConfigurator) -> KVTunerPoolConfigurator:

@@ -1,4 +1,4 @@
-"""The check that all ranks hold one cache format, in real process groups on the loopback interface."""
+"""The check that all ranks have the same in common, in real process groups on the loopback interface."""
 
 import datetime
 import multiprocessing
@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from sglang.srt.kvtuner.config import agreement
+from sglang.srt.kvtuner.config.agreement import Announcement
 from sglang.srt.kvtuner.config.cache_format import build_cache_format
 from sglang.srt.kvtuner.config.flags import KVTunerConfig
 
@@ -19,6 +20,12 @@ processes = multiprocessing.get_context("fork")
 def cache_format(**settings):
     shape = {name: settings.pop(name) for name in ("num_layers", "page_size") if name in settings}
     return build_cache_format(KVTunerConfig(**settings), head_dim=64, **{"num_layers": 3, "page_size": 64, **shape})
+
+
+def announce(values=None, files=None, **settings):
+    """A rank's part in the check."""
+    mine = Announcement.of(cache_format(**settings), values=values or {}, files=files or {})
+    agreement.require_agreement(lambda: mine)
 
 
 def join_group(rank, world_size, port_file):
@@ -39,14 +46,15 @@ def join_group(rank, world_size, port_file):
 
 @pytest.fixture
 def run(tmp_path):
-    """Call with a cache format per rank, or a list of things for it to do; returns what each rank raised, or None."""
+    """Call with what each rank does: arguments of :func:`announce`, or a function of the rank. Returns what each rank
+    raised, or None."""
     children = []
 
     def child(rank, world_size, mine, port_file, answers):
         join_group(rank, world_size, port_file)
         outcome = None
         try:
-            mine(rank) if callable(mine) else agreement.require_same_format(mine)
+            mine(rank) if callable(mine) else announce(**mine)
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
         answers.put((rank, outcome))
@@ -67,21 +75,36 @@ def run(tmp_path):
 
 
 def test_equal_formats(run):
-    assert run(cache_format(), cache_format(), cache_format()) == [None] * 3
+    assert run({}, {}, {}) == [None] * 3
 
 
 def test_different_bits_stop_every_rank(run):
-    raised = run(cache_format(), cache_format(), cache_format(nbits_value=2))
+    raised = run({}, {}, {"nbits_value": 2})
     for rank in (0, 1):
         assert raised[rank].startswith("RuntimeError: ") and f"This is rank {rank} on " in raised[rank]
         assert "rank 2 on " in raised[rank] and "value nbits: here 4, there 2 (all layers)" in raised[rank]
     assert "ranks 0, 1 on " in raised[2] and "value nbits: here 2, there 4 (all layers)" in raised[2]
 
 
+def test_other_settings_and_weights_stop_every_rank(run):
+    """With the same cache format: the ranks would serve, and their answers would be wrong."""
+    ours = {"values": {"--dtype": "float32", "--chunked-prefill-size": "128"}, "files": {"model weights": {"a": "1"}}}
+    theirs = {
+        "values": {"--dtype": "bfloat16", "--chunked-prefill-size": "256"},
+        "files": {"model weights": {"a": "2"}},
+    }
+    first, second = run(ours, theirs)
+    assert first.endswith(
+        " differs: --dtype: here float32, there bfloat16; --chunked-prefill-size: here 128, there 256; model weights: "
+        "file a differs (here 1, there 2). Start every node with the same flags, model and package"
+    )
+    assert "--dtype: here bfloat16, there float32" in second and "(here 2, there 1)" in second
+
+
 def test_a_rank_without_the_quantized_cache(run, monkeypatch):
     """It goes on to other things and never announces a cache format: the others must not wait for ever."""
     monkeypatch.setattr(agreement, "TIMEOUT", datetime.timedelta(seconds=1))
-    raised = run(cache_format(), lambda rank: None)
+    raised = run({}, lambda rank: None)
     assert raised[1] is None
     assert "rank 1 announced no cache format within 1 s" in raised[0]
 
@@ -89,18 +112,29 @@ def test_a_rank_without_the_quantized_cache(run, monkeypatch):
 def test_a_rank_that_comes_late(run):
     def late(rank):
         time.sleep(1)
-        agreement.require_same_format(cache_format())
+        announce()
 
-    assert run(cache_format(), late) == [None] * 2
+    assert run({}, late) == [None] * 2
+
+
+def test_a_rank_that_takes_long_to_look_through_its_files(run, monkeypatch):
+    """It has said that it is there: looking through a checkpoint may take longer than that."""
+    monkeypatch.setattr(agreement, "TIMEOUT", datetime.timedelta(seconds=1))
+
+    def slow(rank):
+        mine = Announcement.of(cache_format())
+        agreement.require_agreement(lambda: time.sleep(2) or mine)
+
+    assert run({}, slow) == [None] * 2
 
 
 def test_two_checks_in_one_process_group(run):
     """A second check, with other formats, does not read what the first one left."""
 
     def twice(rank):
-        agreement.require_same_format(cache_format())
+        announce()
         time.sleep(0.5 * rank)  # rank 0 looks while rank 1 has announced nothing new
-        agreement.require_same_format(cache_format(nbits_key=2 if rank else 8))
+        announce(nbits_key=2 if rank else 8)
 
     raised = run(twice, twice)
     assert "key nbits: here 8, there 2" in raised[0]
@@ -108,9 +142,9 @@ def test_two_checks_in_one_process_group(run):
 
 
 def test_one_rank_needs_no_agreement(run):
-    assert run(cache_format()) == [None]
+    assert run({}) == [None]
 
 
 def test_without_a_process_group_there_is_nothing_to_compare():
     assert not dist.is_initialized()
-    agreement.require_same_format(cache_format())
+    announce()

@@ -90,12 +90,14 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
         """Tokens and ring requests for a budget in bytes.
 
-        Raises KVTunerConfigError when rings leave no room for a page, and RuntimeError when ranks hold different cache formats.
+        Raises KVTunerConfigError when rings leave no room for a page, and RuntimeError when ranks loaded different weights.
         """
-        from sglang.srt.kvtuner.config.agreement import require_same_format
+        from sglang.srt.kvtuner.config.agreement import require_agreement
+        from sglang.srt.kvtuner.config.common_settings import weights_of
 
-        # Every rank comes straight from upstream's collective memory profiling, so they arrive together.
-        require_same_format(self._format)
+        # Every rank comes straight from upstream's collective memory profiling, so they arrive together. Settings were
+        # compared before the model was loaded; a model that is loaded by name has its files only now.
+        require_agreement(lambda: weights_of(self._format, self._kvc.model_config))
         available_bytes -= self._workspace_bytes
         requested = self._requested_requests()
         if requested is not None:
