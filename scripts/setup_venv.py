@@ -31,7 +31,7 @@ KERNEL_INPUTS = ("sgl-kernel/portable",)
 
 # For the tests, for the tuner, which upstream's dependencies do not cover, and for `make lint`, whose verdicts change
 # with the release.
-TOOLS = ("pytest", "optuna", "matplotlib", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "clang-format==23.1.5")
+TOOLS = ("pytest", "optuna", "matplotlib", "ruff==0.17.6", "mypy==2.4.1", "clang-format==23.1.5")
 
 
 class SetupError(RuntimeError):

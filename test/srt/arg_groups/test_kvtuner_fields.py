@@ -5,9 +5,8 @@ import logging
 
 import pytest
 
-from sglang.srt.arg_groups.fields.kvtuner import parse_bool
 from sglang.srt.kvtuner import hooks
-from sglang.srt.kvtuner.config.flags import FLAG_OF_FIELD, KVTunerConfig
+from sglang.srt.kvtuner.config.flags import FLAG_OF_FIELD, KVTunerConfig, parse_bool
 from sglang.srt.runtime_context import get_context
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 

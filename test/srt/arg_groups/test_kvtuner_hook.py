@@ -54,15 +54,15 @@ def test_without_the_switch_nothing_is_settled(model):
     assert resolve(model, enable_kvtuner_quant=False, page_size=16)["page_size"] == 16
 
 
-@pytest.mark.parametrize("page_size", (8, 16, 32, 64, 128, 256))
+@pytest.mark.parametrize("page_size", (8, 16, 32, 64, 128, 256, 1024))
 def test_an_explicit_page_size_is_kept(model, page_size):
     assert resolve(model, page_size=page_size)["page_size"] == page_size
 
 
-@pytest.mark.parametrize("page_size", (1, 2, 4, 48, 100, 0, -64))
+@pytest.mark.parametrize("page_size", (1, 2, 4, 48, 100, 0, -64, 2048, 1 << 40, True, "64", 64.0))
 def test_page_sizes_that_are_refused(model, page_size):
     message = refusal(model, page_size=page_size)
-    assert message.startswith(f"--page-size is {page_size}; ") and "powers of two from 8 on" in message
+    assert message.startswith(f"--page-size is {page_size!r}; ") and "powers of two from 8 to 1024" in message
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,94 @@ def test_presets(model, tmp_path):
         assert refusal(model, kvtuner_config=str(path)) == expected
     assert refusal(model, kvtuner_config=str(bad)).startswith(f"--kvtuner-config {bad}, line 3: ")
     assert "cannot be read" in refusal(model, kvtuner_config=str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("value", ("false", "true", "", 1, 0, None))
+def test_the_switch_takes_nothing_but_a_bool(model, value):
+    assert refusal(model, enable_kvtuner_quant=value).startswith(f"--enable-kvtuner-quant is {value!r}")
+
+
+def test_a_page_that_nobody_could_list_the_divisors_of(model):
+    assert refusal(model, page_size=1 << 40, kvtuner_axis_key=1, kvtuner_q_group_size=3).startswith("--page-size is ")
+
+
+@pytest.mark.parametrize("size, page_size", [(100, None), (64, 128), (1, None), (96, 64)])
+def test_chunks_that_end_inside_a_page(model, size, page_size):
+    message = refusal(model, chunked_prefill_size=size, page_size=page_size)
+    assert message.startswith(f"--chunked-prefill-size is {size}; ")
+    assert message.endswith(f"multiples of the page (--page-size {page_size or 64}), or -1 for no chunks")
+
+
+@pytest.mark.parametrize("tokens", (-(10**9), -1, 0, 1, 64, 128, 255))
+def test_pools_that_serve_nothing(model, tokens):
+    message = refusal(model, max_total_tokens=tokens)
+    assert message.startswith(f"--max-total-tokens is {tokens!r}; ")
+    assert message.endswith("valid are 256 and above, 4 pages (--page-size 64)")
+    assert resolve(model, max_total_tokens=256)["max_total_tokens"] == 256
+
+
+def test_residual_windows_beyond_the_memory_of_the_machine(model):
+    message = refusal(model, kvtuner_residual_length=2**31 - 1)
+    assert message.startswith("--kvtuner-residual-length is 2147483647; the residual windows of 1 running requests")
+    assert "the device has " in message
+    assert "of 1000000 running requests" in refusal(model, max_running_requests=1_000_000)
+
+
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("SGLANG_KVTUNER_CPU_ISA", "neon", "SGLANG_KVTUNER_CPU_ISA is 'neon'; valid are avx512, avx2, plain"),
+        (
+            "SGLANG_KVTUNER_CPU_ISA",
+            "avx512",
+            "SGLANG_KVTUNER_CPU_ISA is 'avx512', but this machine's processor has no avx",
+        ),
+        ("SGLANG_KVTUNER_KERNELS", "fast", "SGLANG_KVTUNER_KERNELS is 'fast'; valid are auto, reference"),
+    ],
+)
+def test_kernels_that_the_environment_cannot_have(model, monkeypatch, tmp_path, variable, value, message):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu sse avx2 fma f16c\n")
+    monkeypatch.setattr(compatibility, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv(variable, value)
+    assert refusal(model).startswith(message)
+
+
+@pytest.mark.parametrize("wanted", ("", "avx2", "plain", "avx512"))
+def test_kernels_that_the_environment_can_have(model, monkeypatch, tmp_path, wanted):
+    features = "" if wanted == "avx512" else "flags : avx2 fma f16c\n"  # a machine that does not say is asked later
+    (tmp_path / "cpuinfo").write_text(features)
+    monkeypatch.setattr(compatibility, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv("SGLANG_KVTUNER_CPU_ISA", wanted)
+    assert resolve(model)["page_size"] == 64
+
+
+@pytest.mark.parametrize("tp_size", (1, 2))
+def test_a_per_head_preset_lists_the_heads_of_the_model_and_not_of_a_rank(model, tmp_path, tp_size):
+    path = tmp_path / "heads.yaml"
+
+    def write(heads):
+        bits = "".join(f"  {head}: {{nbits_key: 8, nbits_value: 4}}\n" for head in range(heads))
+        path.write_text("".join(f"{layer}:\n{bits}" for layer in range(4)))
+
+    write(2)
+    assert resolve(model, kvtuner_config=str(path), tp_size=tp_size)["kvtuner_config"] == str(path)
+    write(1)
+    assert "head 1 of layer 0 is missing; the model has 2 KV heads" in refusal(
+        model, kvtuner_config=str(path), tp_size=tp_size
+    )
+    write(3)
+    assert "head 2 of layer 0 does not exist" in refusal(model, kvtuner_config=str(path), tp_size=tp_size)
+
+
+def test_a_descriptor_is_no_preset(model):
+    assert refusal(model, kvtuner_config=5).startswith("--kvtuner-config is 5; ")
+
+
+def test_an_engine_gets_the_exception(model):
+    import sglang
+
+    with pytest.raises(KVTunerConfigError, match="--max-total-tokens is 64"):
+        sglang.Engine(model_path=model, device="cpu", enable_kvtuner_quant=True, max_total_tokens=64)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,32 @@ def enabled() -> bool:
     return context.config_bag("kvtuner").enable_kvtuner_quant
 
 
+def resolve_or_exit(server_args: Any) -> None:
+    """Resolve the arguments of a command line; one that the quantized cache refuses ends the process with status 1 and
+    one line. Other errors, and those of an Engine, are upstream's to show."""
+    from sglang.srt.kvtuner.config.flags import KVTunerConfigError
+
+    try:
+        server_args.resolve_once()
+    except KVTunerConfigError as error:
+        raise SystemExit(f"sglang: error: {error}") from None
+
+
+def longest_input(limit: int, pool_tokens: int) -> int:
+    """Upstream's limit on the length of a prompt, lowered to what its scheduler admits to a pool of ``pool_tokens``."""
+    from sglang.srt.kvtuner.config.limits import longest_input
+    from sglang.srt.runtime_context import get_schedule
+
+    return min(limit, longest_input(pool_tokens, get_schedule().page_size))
+
+
+def held_back_tokens(page_size: int) -> int:
+    """Tokens of the pool that no request may count on for its answer."""
+    from sglang.srt.kvtuner.config.limits import HELD_BACK_PAGES
+
+    return HELD_BACK_PAGES * page_size
+
+
 def require_same_setup(server_args: ServerArgs) -> None:
     """Stop every rank where one has other flags, another model or other code.
 

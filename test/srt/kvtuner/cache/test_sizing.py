@@ -80,6 +80,7 @@ class FakeRunner:
             head_dim=64,
             context_len=4096,
             get_num_kv_heads=lambda tp, dcp: kv_heads // tp,
+            get_total_num_kv_heads=lambda: kv_heads,
         )
 
     def _profile_available_bytes(self, pre_model_load_memory):
@@ -170,13 +171,28 @@ def test_heads_of_this_rank(serve):
     assert two.max_total_num_tokens > 2 * one.max_total_num_tokens
 
 
-@pytest.mark.parametrize("limit, tokens", [(2000, 1984), (64, 64)])
+@pytest.mark.parametrize("limit, tokens", [(2000, 1984), (256, 256)])
 def test_max_total_tokens(serve, limit, tokens):
     config, pool = serve(16 * MB, max_total_tokens=limit).settle()
     assert config.max_total_num_tokens == pool.size == tokens
     # Fewer pages need fewer rings: a running request holds at least one.
     assert config.max_running_requests <= max(tokens // 64, 1)
     assert pool.storage.num_slots == config.max_running_requests + 1
+
+
+@pytest.mark.parametrize("limit", (-1000, -1, 0, 64, 255))
+def test_max_total_tokens_that_serve_nothing(serve, limit):
+    with pytest.raises(KVTunerConfigError, match=f"--max-total-tokens is {limit}; .* 256 and above, 4 pages"):
+        serve(16 * MB, max_total_tokens=limit).settle()
+
+
+def test_a_budget_of_fewer_pages_than_a_request_needs(serve):
+    costs = sizing.costs_of(runner := serve(MB, max_running_requests=1), sizing.cache_format_of(runner))
+    runner.budget = costs.rings_bytes(1) + 5 * costs.page_bytes  # page 0 pads
+    assert runner.settle()[0].max_total_num_tokens == 256
+    runner.budget -= 1
+    with pytest.raises(KVTunerConfigError, match="beside at least 4 packed pages"):
+        runner.settle()
 
 
 def test_max_total_tokens_keeps_the_requests_that_were_asked_for(serve):

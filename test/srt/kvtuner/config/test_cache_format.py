@@ -147,6 +147,22 @@ def test_groups_that_do_not_divide_the_head(head_dim, group):
     assert f"head_dim {head_dim}" in message and "-1 for all of it" in message
 
 
+@pytest.mark.parametrize("head_dim", (1 << 40, 10**12 + 39))
+def test_divisors_of_any_number_are_listed_at_once(head_dim):
+    """Counted one by one they would take days; the second number is a prime."""
+    message = refusal({"head_dim": head_dim}, group_size=3)
+    assert f"head_dim {head_dim} (valid: " in message and f"{head_dim}, or -1 for all of it" in message
+
+
+def test_per_head_presets_have_the_heads_of_the_model(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text("".join(f"{i}: {{0: {{nbits_key: 8, nbits_value: 4}}}}\n" for i in range(3)))
+    assert cache_format_of({**MODEL, "kv_heads": 1}, preset=str(path)).nominal_bits() == (8, 4)
+    assert "head 1 of layer 0 is missing; the model has 8 KV heads, 0 to 7" in refusal(
+        {"kv_heads": 8}, preset=str(path)
+    )
+
+
 @pytest.mark.parametrize("page_size, group", [(64, 48), (16, 32), (64, 128)])
 @pytest.mark.parametrize("which", ("key", "value"))
 def test_groups_that_do_not_divide_the_page(page_size, group, which):

@@ -1,10 +1,28 @@
-"""Values of the flags that cannot work are refused by flag."""
+"""The flag table: what comes from it, and values that cannot work, which are refused by flag."""
 
+import argparse
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from sglang.srt.kvtuner.config.flags import FLAG_OF_FIELD, KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import (
+    FLAG_OF_FIELD,
+    FLAGS,
+    RECIPE_FLAGS,
+    SWITCH,
+    KVTunerConfig,
+    KVTunerConfigError,
+    add_recipe_arguments,
+    flags_table,
+)
+from sglang.srt.kvtuner.config.preset import load_preset
+from sglang.srt.server_args import ServerArgs
+
+README = Path(__file__).resolve().parents[4] / "README.md"
 
 NAMES = {
     "nbits_key": "--kvtuner-nbits-key",
@@ -42,7 +60,7 @@ def test_axis_other_than_0_1(field, value):
 @pytest.mark.parametrize("field", ("asym", "hadamard_key"))
 @pytest.mark.parametrize("value", ("yes", "true", 1, 0, None))
 def test_switches_that_are_no_bool(field, value):
-    assert "valid are True, False" in refused(field, value)
+    assert "valid are true, false" in refused(field, value)
 
 
 @pytest.mark.parametrize("value", (0, -2, -64))
@@ -53,13 +71,13 @@ def test_groups_without_elements(value):
 @pytest.mark.parametrize("field", ("group_size", "residual_length", "sink_length"))
 @pytest.mark.parametrize("value", (None, "64", 64.0, True))
 def test_numbers_that_are_no_integers(field, value):
-    assert "an integer is needed" in refused(field, value)
+    assert "; valid are " in refused(field, value)
 
 
 @pytest.mark.parametrize("field", ("residual_length", "sink_length"))
 @pytest.mark.parametrize("value", (-1, -128))
 def test_negative_lengths(field, value):
-    assert "0 and above" in refused(field, value)
+    assert "integers from 0 to " in refused(field, value)
 
 
 @pytest.mark.parametrize("axis", ("axis_key", "axis_value"))
@@ -101,6 +119,75 @@ def test_from_args_reads_every_flag():
     assert set(given) == set(FLAG_OF_FIELD)
     config = KVTunerConfig.from_args(SimpleNamespace(**given))
     assert config == KVTunerConfig(8, 2, True, 1, 0, 32, 7, 3, True, "preset.yaml")
+
+
+@pytest.mark.parametrize("field", sorted(NAMES))
+@pytest.mark.parametrize(
+    "value",
+    (10**5000, -(10**5000), 2**31, -(2**31), "9" * 5000, [4], {"bits": 4}, float("nan")),
+    ids=lambda value: type(value).__name__,
+)
+def test_any_other_value(field, value):
+    """Also integers that Python does not print."""
+    with pytest.raises(KVTunerConfigError) as caught:
+        KVTunerConfig(**{field: value})
+    assert str(caught.value).startswith(f"{NAMES[field]} is ") and len(str(caught.value)) < 500
+
+
+def test_a_string_is_called_one():
+    assert refused("nbits_key", "4") == "--kvtuner-nbits-key is '4', a string; valid are 2, 4, 8, 16"
+    assert refused("asym", "true") == "--kvtuner-asym is 'true', a string; valid are true, false"
+
+
+@pytest.mark.parametrize("value", (5, 0, True, b"preset.yaml", Path("preset.yaml"), ["preset.yaml"]))
+def test_a_preset_that_is_no_path(value):
+    """An integer would be a descriptor of this process."""
+    with pytest.raises(KVTunerConfigError, match=r"--kvtuner-config is .*; valid are paths of a YAML file"):
+        KVTunerConfig(preset=value)
+
+
+@pytest.mark.parametrize("value", ("true", "false", "", 1, 0, None))
+def test_the_switch_is_a_bool(value):
+    with pytest.raises(KVTunerConfigError, match=r"--enable-kvtuner-quant is .*; valid are true, false"):
+        SWITCH.check(value)
+    SWITCH.check(True), SWITCH.check(False)
+
+
+def test_every_field_of_the_config_is_a_flag_of_the_server():
+    assert [flag.attribute for flag in FLAGS] == [field.name for field in fields(KVTunerConfig)]
+    args = ServerArgs(model_path="model")
+    assert {flag.field: flag.default for flag in (SWITCH, *FLAGS)} == {
+        name: getattr(args, name) for name in args.__struct_fields__ if "kvtuner" in name
+    }
+
+
+def test_the_tuner_has_the_flags_of_a_recipe():
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser, residual_length=7)
+    assert {action.dest for action in parser._actions} - {"help"} == {flag.field for flag in RECIPE_FLAGS}
+    assert KVTunerConfig.from_args(parser.parse_args([]), RECIPE_FLAGS) == KVTunerConfig(residual_length=7)
+    options = parser.parse_args(["--kvtuner-asym", "--kvtuner-axis-key", "1", "--kvtuner-sink-length", "4"])
+    expected = KVTunerConfig(asym=True, axis_key=1, sink_length=4, residual_length=7)
+    assert KVTunerConfig.from_args(options, RECIPE_FLAGS) == expected
+    assert "(default: 7)" in parser.format_help() and "(default: false)" in parser.format_help()
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.layered], ids=lambda flag: flag.attribute)
+def test_layers_of_a_preset_may_say_it(flag, tmp_path):
+    value = {"hadamard_key": "true", "sink_length": "4"}.get(flag.attribute, "2")
+    options = {"nbits_key": "8", "nbits_value": "8", flag.attribute: value}
+    path = tmp_path / "preset.yaml"
+    path.write_text("0: {" + ", ".join(f"{name}: {text}" for name, text in options.items()) + "}\n")
+    (layer,) = load_preset(str(path))
+    said = {"nbits_key": layer.key, "nbits_value": layer.value}
+    assert str(said.get(flag.attribute, getattr(layer, flag.attribute, None))).lower() == value
+
+
+def test_the_table_of_the_readme():
+    """``python -m sglang.srt.kvtuner.config.flags`` prints what belongs there."""
+    assert flags_table() in README.read_text(encoding="utf-8")
+    command = [sys.executable, "-m", "sglang.srt.kvtuner.config.flags"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == flags_table()
 
 
 def test_flags_are_the_fields_with_dashes():

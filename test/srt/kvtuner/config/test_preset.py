@@ -77,18 +77,23 @@ def test_heads_that_agree(write):
         ("8\n", 1, "a preset is a mapping"),
         ("{}\n", 1, "the preset has no layers"),
         # Layers.
-        (f"0: {GOOD}\nfirst: {GOOD}\n", 2, "'first' is not the index of a layer"),
-        (f"0: {GOOD}\n1.0: {GOOD}\n", 2, "'1.0' is not the index of a layer"),
-        (f"0: {GOOD}\n-1: {GOOD}\n", 2, "'-1' is not the index of a layer"),
-        (f"0: {GOOD}\n'1': {GOOD}\n", 2, "'1' is not the index of a layer"),
-        (f"0: {GOOD}\ntrue: {GOOD}\n", 2, "'true' is not the index of a layer"),
-        (f"0: {GOOD}\n0x1: {GOOD}\n", 2, "'0x1' is not the index of a layer"),
-        (f"0: {GOOD}\n<<: {{1: {GOOD}}}\n", 2, "'<<' is not the index of a layer"),
+        (f"0: {GOOD}\nfirst: {GOOD}\n", 2, "first is not the index of a layer"),
+        (f"0: {GOOD}\n1.0: {GOOD}\n", 2, "1.0 is not the index of a layer"),
+        (f"0: {GOOD}\n-1: {GOOD}\n", 2, "-1 is not the index of a layer"),
+        (
+            f"0: {GOOD}\n'1': {GOOD}\n",
+            2,
+            "the string '1' (numbers, true and false take no quotes) is not the index of a layer",
+        ),
+        (f"0: {GOOD}\ntrue: {GOOD}\n", 2, "true is not the index of a layer"),
+        (f"0: {GOOD}\n0x1: {GOOD}\n", 2, "0x1 is not the index of a layer"),
+        (f"0: {GOOD}\n<<: {{1: {GOOD}}}\n", 2, "<< is not the index of a layer"),
         (f"0: {GOOD}\n? [1]\n: {GOOD}\n", 2, "is not the index of a layer"),
         (f"0: {GOOD}\n1: {GOOD}\n0: {GOOD}\n", 3, "layer 0 is given twice"),
         (f"1: {GOOD}\n2: {GOOD}\n", 1, "layer 0 is missing"),
         (f"# layers\n0: {GOOD}\n2: {GOOD}\n", 2, "layer 1 is missing"),
-        (f"0: {GOOD}\n1000000000000: {GOOD}\n", 1, "layer 1 is missing"),
+        (f"0: {GOOD}\n100000000: {GOOD}\n", 1, "layer 1 is missing"),
+        (f"0: {GOOD}\n1000000000000: {GOOD}\n", 2, "1000000000000 is not the index of a layer"),
         # Bits of a layer.
         (f"0: {GOOD}\n1: [8, 4]\n", 2, "layer 1 is not a mapping of nbits_key and nbits_value"),
         (f"0: {GOOD}\n1: 8\n", 2, "layer 1 is not a mapping"),
@@ -96,40 +101,81 @@ def test_heads_that_agree(write):
         ("0: {nbits_key: 8}\n", 1, "layer 0 has no nbits_value"),
         ("0: {nbits_value: 8}\n", 1, "layer 0 has no nbits_key"),
         ("0: {}\n", 1, "layer 0 has no nbits_key"),
-        ("0:\n  nbits_key: 8\n  nbits_valeu: 4\n", 3, "layer 0 has the unknown key 'nbits_valeu'; valid are nbits_key"),
-        ("0:\n  nbits_key: 8\n  nbits_value: 4\n  group_size: 64\n", 4, "layer 0 has the unknown key 'group_size'"),
-        (f"0: &base {GOOD}\n1:\n  <<: *base\n  nbits_key: 2\n", 3, "layer 1 has the unknown key '<<'"),
+        ("0:\n  nbits_key: 8\n  nbits_valeu: 4\n", 3, "layer 0 has the unknown key nbits_valeu; valid are nbits_key"),
+        ("0:\n  nbits_key: 8\n  nbits_value: 4\n  group_size: 64\n", 4, "layer 0 has the unknown key group_size"),
+        (f"0: &base {GOOD}\n1:\n  <<: *base\n  nbits_key: 2\n", 3, "layer 1 has the unknown key <<"),
         ("0:\n  nbits_key: 8\n  nbits_key: 4\n  nbits_value: 4\n", 3, "layer 0 gives nbits_key twice"),
-        ("0:\n  nbits_key: 3\n  nbits_value: 4\n", 2, "nbits_key of layer 0 is '3'; valid are 2, 4, 8, 16"),
-        ("0:\n  nbits_key: 8\n  nbits_value: 32\n", 3, "nbits_value of layer 0 is '32'"),
-        ("0: {nbits_key: -4, nbits_value: 4}\n", 1, "nbits_key of layer 0 is '-4'"),
-        ("0: {nbits_key: 4.0, nbits_value: 4}\n", 1, "nbits_key of layer 0 is '4.0'"),
-        ("0: {nbits_key: '4', nbits_value: 4}\n", 1, "nbits_key of layer 0 is '4'"),
-        ("0: {nbits_key: true, nbits_value: 4}\n", 1, "nbits_key of layer 0 is 'true'"),
-        ("0: {nbits_key: , nbits_value: 4}\n", 1, "nbits_key of layer 0 is ''"),
-        ("0: {nbits_key: [4], nbits_value: 4}\n", 1, "nbits_key of layer 0 is "),
+        ("0:\n  nbits_key: 3\n  nbits_value: 4\n", 2, "nbits_key of layer 0 is 3; valid are 2, 4, 8, 16"),
+        ("0:\n  nbits_key: 8\n  nbits_value: 32\n", 3, "nbits_value of layer 0 is 32;"),
+        ("0: {nbits_key: -4, nbits_value: 4}\n", 1, "nbits_key of layer 0 is -4;"),
+        ("0: {nbits_key: 4.0, nbits_value: 4}\n", 1, "nbits_key of layer 0 is 4.0;"),
+        (
+            "0: {nbits_key: '4', nbits_value: 4}\n",
+            1,
+            "nbits_key of layer 0 is the string '4' (numbers, true and false take no quotes); valid are 2, 4, 8, 16",
+        ),
+        ("0: {nbits_key: true, nbits_value: 4}\n", 1, "nbits_key of layer 0 is true;"),
+        ("0: {nbits_key: , nbits_value: 4}\n", 1, "nbits_key of layer 0 is empty;"),
+        ("0: {nbits_key: [4], nbits_value: 4}\n", 1, "nbits_key of layer 0 is a list;"),
         # Rotation.
-        (f"0: {GOOD}\n1: {{{GOOD[1:-1]},\n  hadamard_key: 1}}\n", 3, "hadamard_key of layer 1 is '1'; valid are true"),
-        (f"0: {{{GOOD[1:-1]}, hadamard_key: yes}}\n", 1, "hadamard_key of layer 0 is 'yes'"),
-        (f"0: {{{GOOD[1:-1]}, hadamard_key: 'true'}}\n", 1, "hadamard_key of layer 0 is 'true'"),
-        (f"0: {{{GOOD[1:-1]}, hadamard_key: [true]}}\n", 1, "hadamard_key of layer 0 is "),
+        (
+            f"0: {GOOD}\n1: {{{GOOD[1:-1]},\n  hadamard_key: 1}}\n",
+            3,
+            "hadamard_key of layer 1 is 1; valid are true, false",
+        ),
+        (f"0: {{{GOOD[1:-1]}, hadamard_key: yes}}\n", 1, "hadamard_key of layer 0 is yes;"),
+        (f"0: {{{GOOD[1:-1]}, hadamard_key: 'true'}}\n", 1, "hadamard_key of layer 0 is the string 'true' ("),
+        (f"0: {{{GOOD[1:-1]}, hadamard_key: [true]}}\n", 1, "hadamard_key of layer 0 is a list;"),
         (f"0:\n  0: {GOOD}\n  1: {{{GOOD[1:-1]}, hadamard_key: true}}\n", 3, "head 1 has K8V4 rotated, others K8V4;"),
         # Sinks.
-        (f"0: {{{GOOD[1:-1]},\n  sink_length: -1}}\n", 2, "sink_length of layer 0 is '-1'; valid are 0 to a page"),
-        (f"0: {{{GOOD[1:-1]}, sink_length: 1.5}}\n", 1, "sink_length of layer 0 is '1.5'"),
-        (f"0: {{{GOOD[1:-1]}, sink_length: [4]}}\n", 1, "sink_length of layer 0 is "),
+        (
+            f"0: {{{GOOD[1:-1]},\n  sink_length: -1}}\n",
+            2,
+            "sink_length of layer 0 is -1; valid are integers from 0 to a page",
+        ),
+        (f"0: {{{GOOD[1:-1]}, sink_length: 1.5}}\n", 1, "sink_length of layer 0 is 1.5;"),
+        (f"0: {{{GOOD[1:-1]}, sink_length: [4]}}\n", 1, "sink_length of layer 0 is a list;"),
         (f"0:\n  0: {GOOD}\n  1: {{{GOOD[1:-1]}, sink_length: 4}}\n", 3, "head 1 has K8V4 sinks 4, others K8V4;"),
         # Heads.
         (f"0:\n  0: {GOOD}\n  1: {{nbits_key: 4, nbits_value: 4}}\n", 3, "heads of layer 0 differ: head 1 has K4V4"),
         (f"0:\n  0: {GOOD}\n  0: {GOOD}\n", 3, "head 0 of layer 0 is given twice"),
-        (f"0:\n  0: {GOOD}\n  nbits_key: 8\n", 3, "'nbits_key' is not the index of a head of layer 0"),
+        (f"0:\n  0: {GOOD}\n  nbits_key: 8\n", 3, "nbits_key is not the index of a head of layer 0"),
         ("0:\n  0: {nbits_key: 8}\n", 2, "layer 0, head 0 has no nbits_value"),
-        ("0:\n  0: {nbits_key: 8, nbits_value: 5}\n", 2, "nbits_value of layer 0, head 0 is '5'"),
+        ("0:\n  0: {nbits_key: 8, nbits_value: 5}\n", 2, "nbits_value of layer 0, head 0 is 5;"),
         (f"0:\n  0: {GOOD}\n  1: 4\n", 3, "layer 0, head 1 is not a mapping"),
     ],
 )
 def test_presets_that_cannot_be_used(write, text, line, message):
     assert message in problem(write(text), line)
+
+
+@pytest.mark.parametrize(
+    "layer, line, message",
+    [
+        (
+            f"\n  0: {GOOD}\n  1: {GOOD}\n  2: {GOOD}\n",
+            4,
+            "head 2 of layer 0 does not exist; the model has 2 KV heads, 0 to 1",
+        ),
+        (f"\n  0: {GOOD}\n  7: {GOOD}\n", 3, "head 7 of layer 0 does not exist"),
+        (f"\n  0: {GOOD}\n", 2, "head 1 of layer 0 is missing; the model has 2 KV heads, 0 to 1"),
+        (f"\n  1: {GOOD}\n", 2, "head 0 of layer 0 is missing"),
+    ],
+)
+def test_heads_that_the_model_does_not_have(write, layer, line, message):
+    with pytest.raises(PresetError, match=f", line {line}: {message}"):
+        load_preset(write(f"0:{layer}"), kv_heads=2)
+
+
+def test_heads_of_the_model(write):
+    path = write(f"0:\n  1: {GOOD}\n  0: {GOOD}\n1: {GOOD}\n")
+    assert load_preset(path, kv_heads=2) == (LayerBits(8, 4),) * 2
+    with pytest.raises(PresetError, match="the model has 1 KV head, 0"):
+        load_preset(path, kv_heads=1)
+    assert (
+        problem(write(f"0:\n  1: {GOOD}\n"), 2)
+        == "head 0 of layer 0 is missing; heads are numbered from 0 without gaps"
+    )
 
 
 @pytest.mark.parametrize("text", ("", "\n\n", "# nothing but a comment\n"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ class Kernels(ABC):
     name: for logs and reports.
     """
 
-    name: ClassVar[str] | str
+    name: str
 
     def __init__(self, storage: CacheStorage) -> None:
         self.storage = storage

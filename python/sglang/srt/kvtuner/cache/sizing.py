@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.kvtuner.config.cache_format import CacheFormat
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
+from sglang.srt.kvtuner.config.limits import LEAST_PAGES, least_tokens, require_enough_tokens
 from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig, MemoryPoolConfigurator
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
         """Tokens and ring requests for a budget in bytes.
 
-        Raises KVTunerConfigError when rings leave no room for a page, and RuntimeError when ranks loaded different weights.
+        Raises KVTunerConfigError when rings leave no room for the pages of a request, and RuntimeError when ranks loaded
+        different weights.
         """
         from sglang.srt.kvtuner.config.agreement import require_agreement
         from sglang.srt.kvtuner.config.common_settings import weights_of
@@ -107,11 +109,11 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
             tokens = self._costs.tokens_within(available_bytes, requests)
             requests = max(min(requests, self._kvc.resolve_max_num_reqs(tokens)), 1)
         tokens = self._costs.tokens_within(available_bytes, requests)
-        if tokens == 0:
+        if tokens < least_tokens(self._costs.page_size):
             raise KVTunerConfigError(
                 f"--max-running-requests {requests} and --kvtuner-residual-length {self._format.residual_length} need "
-                f"{self._costs.rings_bytes(requests) / GB:.2f} GB for residual windows; the KV budget is "
-                f"{available_bytes / GB:.2f} GB{self._workspace()}. Lower one of them, or raise --mem-fraction-static"
+                f"{self._costs.rings_bytes(requests) / GB:.2f} GB for residual windows, beside at least {LEAST_PAGES} packed "
+                f"pages; the KV budget is {available_bytes / GB:.2f} GB{self._workspace()}. Lower one of them, or raise --mem-fraction-static"
             )
         self._requests = requests
         return KVTunerMemoryPoolConfig(max_total_num_tokens=tokens, ring_requests=requests)
@@ -119,14 +121,10 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
     def calculate_pool_sizes_from_max_tokens(self, max_total_num_tokens: int, page_size: int) -> MemoryPoolConfig:
         """As :meth:`calculate_pool_sizes` for a cap on tokens below what the budget holds.
 
-        Raises KVTunerConfigError for a cap below a page.
+        Raises KVTunerConfigError for a cap below the pages of a request.
         """
+        require_enough_tokens(max_total_num_tokens, page_size)
         tokens = max_total_num_tokens // page_size * page_size
-        if tokens == 0:
-            raise KVTunerConfigError(
-                f"--max-total-tokens is {max_total_num_tokens}; with --enable-kvtuner-quant valid are {page_size} and "
-                "above, one page"
-            )
         requests = self._requests
         if self._requested_requests() is None:
             # A running request holds a page at least.
@@ -199,6 +197,7 @@ def cache_format_of(kvc: KVCacheConfigurator) -> CacheFormat:
         num_layers=kvc.model_config.num_hidden_layers,
         head_dim=kvc.model_config.head_dim,
         page_size=kvc.pool_page_size,
+        kv_heads=kvc.model_config.get_total_num_kv_heads(),
     )
 
 

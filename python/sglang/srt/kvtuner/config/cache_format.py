@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
 from sglang.srt.kvtuner.config.preset import LayerBits, load_preset
@@ -45,7 +47,7 @@ class CacheFormat:
             sum(layer.value.stored_bits for layer in self.layers) / count,
         )
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """The cache format as plain values: what ranks compare, and what :meth:`digest` hashes."""
         return {
             "page_size": self.page_size,
@@ -76,12 +78,15 @@ class CacheFormat:
         )
 
 
-def build_cache_format(config: KVTunerConfig, *, num_layers: int, head_dim: int, page_size: int) -> CacheFormat:
-    """Resolve the flags for a model of ``num_layers`` layers with ``head_dim`` elements per head.
+def build_cache_format(
+    config: KVTunerConfig, *, num_layers: int, head_dim: int, page_size: int, kv_heads: int | None = None
+) -> CacheFormat:
+    """Resolve the flags for a model of ``num_layers`` layers with ``head_dim`` elements per head and ``kv_heads`` KV heads
+    over all ranks, which per-head presets are checked against (None: not known).
 
     Raises KVTunerConfigError, naming the flag, where the model and the flags do not fit.
     """
-    bits = _layer_bits(config, num_layers)
+    bits = _layer_bits(config, num_layers, kv_heads)
 
     def tensor(which: str, nbits: int, axis: int, token_lanes: bool, rotated: bool = False) -> TensorFormat:
         if nbits == UNQUANTIZED_BITS:
@@ -135,10 +140,12 @@ def _describe_sinks(lengths: list[int]) -> list[str]:
     return [f"sinks {count}" + ("" if len(kept) == len(lengths) else f" in {len(kept)} layers")]
 
 
-def _layer_bits(config: KVTunerConfig, num_layers: int) -> tuple[LayerBits, ...]:
+def _layer_bits(config: KVTunerConfig, num_layers: int, kv_heads: int | None) -> tuple[LayerBits, ...]:
     if config.preset is None:
         return (LayerBits(config.nbits_key, config.nbits_value, config.hadamard_key, config.sink_length),) * num_layers
-    bits = load_preset(config.preset, hadamard_key=config.hadamard_key, sink_length=config.sink_length)
+    bits = load_preset(
+        config.preset, hadamard_key=config.hadamard_key, sink_length=config.sink_length, kv_heads=kv_heads
+    )
     if len(bits) != num_layers:
         raise KVTunerConfigError(
             f"--kvtuner-config {config.preset}: the preset has {len(bits)} layers, the model has {num_layers}"
@@ -184,4 +191,6 @@ def _group_size(config: KVTunerConfig, which: str, axis: int, head_dim: int, pag
 
 
 def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(8, n + 1) if n % d == 0)
+    """Divisors from 8 on, at a cost of the square root: head_dim comes from a model's file and may be anything."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return ", ".join(str(d) for d in sorted({*small, *(n // d for d in small)}) if d >= 8)

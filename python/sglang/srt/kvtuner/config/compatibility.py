@@ -5,10 +5,12 @@ A feature leaves these tables when a test shows it working with the quantized ca
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sglang.srt.kvtuner.config.flags import KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import KVTunerConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class RefusedFeature:
 
     field: str
     flag: str
-    off: tuple = (None, False)
+    off: tuple[object, ...] = (None, False)
 
 
 _OFF_OR_ONE = (None, 1)
@@ -81,6 +83,17 @@ REFUSED_FEATURES = (
 
 SUPPORTED_DEVICES = ("cpu", "cuda")
 
+KERNELS_VARIABLE = "SGLANG_KVTUNER_KERNELS"
+KERNELS = ("auto", "reference")
+INSTRUCTION_SET_VARIABLE = "SGLANG_KVTUNER_CPU_ISA"
+# What Linux calls the processor's features that a body of the C++ kernels is compiled for.
+INSTRUCTION_SETS = {
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "plain": (),
+}
+_CPU_INFO = Path("/proc/cpuinfo")
+
 
 def refuse_unsupported_features(requested: Any) -> None:
     """Raise KVTunerConfigError, naming the flag, for the first feature that the quantized cache does not support.
@@ -93,7 +106,7 @@ def refuse_unsupported_features(requested: Any) -> None:
             valid = " or ".join(sorted({str(v) for v in feature.off if v is not None and v is not False}))
             remedy = f"use {valid}" if valid else "leave it out"
             raise KVTunerConfigError(
-                f"{feature.flag} is {value!r}, which --enable-kvtuner-quant does not support yet; {remedy}, or drop "
+                f"{feature.flag} is {shown(value)}, which --enable-kvtuner-quant does not support yet; {remedy}, or drop "
                 "--enable-kvtuner-quant"
             )
 
@@ -104,6 +117,40 @@ def refuse_unsupported_device(device: str) -> None:
         raise KVTunerConfigError(
             f"--device is {device!r}; --enable-kvtuner-quant supports {' and '.join(SUPPORTED_DEVICES)}"
         )
+
+
+def refuse_unsupported_environment(device: str) -> None:
+    """Raise KVTunerConfigError for a variable that asks for kernels that this machine does not have.
+
+    The kernels ask again when they are loaded; this is before the model is.
+    """
+    kernels = os.environ.get(KERNELS_VARIABLE, "auto")
+    if kernels not in KERNELS:
+        raise KVTunerConfigError(f"{KERNELS_VARIABLE} is {shown(kernels)}; valid are {', '.join(KERNELS)}")
+    wanted = os.environ.get(INSTRUCTION_SET_VARIABLE, "")
+    if not wanted or kernels == "reference" or device.split(":", 1)[0] != "cpu":
+        return
+    if wanted not in INSTRUCTION_SETS:
+        raise KVTunerConfigError(
+            f"{INSTRUCTION_SET_VARIABLE} is {shown(wanted)}; valid are {', '.join(INSTRUCTION_SETS)}"
+        )
+    features = _processor_features()
+    missing = [feature for feature in INSTRUCTION_SETS[wanted] if feature not in features]
+    if features and missing:
+        raise KVTunerConfigError(
+            f"{INSTRUCTION_SET_VARIABLE} is {shown(wanted)}, but this machine's processor has no {', '.join(missing)}; "
+            "leave the variable out for the best that it has"
+        )
+
+
+def _processor_features() -> frozenset[str]:
+    """Features of the processor as Linux names them; empty where it does not say."""
+    try:
+        text = _CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
 
 
 def refuse_unsupported_model(model_config: Any) -> None:

@@ -13,17 +13,27 @@ read where all heads of a layer agree and refused where they do not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import yaml
 
-from sglang.srt.kvtuner.config.flags import KVTunerConfigError
-from sglang.srt.kvtuner.format.quantizer import STORED_BITS
+from sglang.srt.kvtuner.config.flags import FLAGS, Flag
+from sglang.srt.kvtuner.config.preset_file import (
+    PresetError,
+    bool_of,
+    compose,
+    described,
+    integer_of,
+    read_text,
+    where,
+)
 
-_KEYS = ("nbits_key", "nbits_value")
-_ROTATION = "hadamard_key"
-_SINKS = "sink_length"
-_VALID = (*_KEYS, _ROTATION, _SINKS)  # in the order of LayerBits
+__all__ = ["LayerBits", "PresetError", "load_preset"]
+
+_OPTIONS = {flag.attribute: flag for flag in FLAGS if flag.layered}
+_BITS = ("nbits_key", "nbits_value")  # what a layer must say
 
 
 @dataclass(frozen=True)
@@ -40,60 +50,52 @@ class LayerBits:
         return f"K{self.key}V{self.value}{' rotated' if self.hadamard_key else ''}{sinks}"
 
 
-class PresetError(KVTunerConfigError):
-    """A preset that cannot be used; the message names the file and, where there is one, the line."""
-
-
-def load_preset(path: str, *, hadamard_key: bool = False, sink_length: int = 0) -> tuple[LayerBits, ...]:
+def load_preset(
+    path: str, *, hadamard_key: bool = False, sink_length: int = 0, kv_heads: int | None = None
+) -> tuple[LayerBits, ...]:
     """Read a preset; entry i is layer i. ``hadamard_key`` and ``sink_length`` hold for layers that do not say.
+    ``kv_heads`` are the model's, over all ranks; None where they are not known.
 
     Raises PresetError, naming file and line, for an unreadable file, malformed YAML, unknown or missing keys, bits
     other than 2, 4, 8, 16, a rotation other than true or false, a negative number of sinks, repeated or missing layers,
-    and heads of a layer that disagree.
+    heads that the model does not have, missing heads, and heads of a layer that disagree.
     """
-    return _PresetReader(path, {_ROTATION: hadamard_key, _SINKS: sink_length}).read()
+    return _PresetReader(path, hadamard_key, sink_length, kv_heads).read()
 
 
 class _PresetReader:
-    def __init__(self, path: str, defaults: dict[str, int]) -> None:
-        self.path, self.defaults = path, defaults
+    def __init__(self, path: str, hadamard_key: bool, sink_length: int, kv_heads: int | None) -> None:
+        self.path, self.kv_heads = path, kv_heads
+        self.defaults: dict[str, int] = {"hadamard_key": hadamard_key, "sink_length": sink_length}
 
     def read(self) -> tuple[LayerBits, ...]:
-        try:
-            with open(self.path, encoding="utf-8") as stream:
-                root = yaml.compose(stream, Loader=yaml.SafeLoader)
-        except (OSError, UnicodeDecodeError) as error:
-            raise PresetError(f"--kvtuner-config {self.path}: cannot be read: {error}") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            problem = getattr(error, "problem", None) or str(error)
-            raise PresetError(self._where(mark) + f"not valid YAML: {problem}") from error
+        root = compose(self.path, read_text(self.path))
         if root is None:
-            raise PresetError(f"--kvtuner-config {self.path}: the file is empty")
-        layers = {}
+            raise PresetError(f"{where(self.path)}the file is empty")
+        layers: dict[int, LayerBits] = {}
         for index, node, key_node in self._integer_entries(root, "layer"):
             if index in layers:
                 self._fail(key_node, f"layer {index} is given twice")
             layers[index] = self._layer(index, node)
         if not layers:
             self._fail(root, "the preset has no layers")
-        missing = [index for index in range(len(layers)) if index not in layers]
-        if missing:
-            self._fail(root, f"layer {missing[0]} is missing; layers are numbered from 0 without gaps")
+        missing = _first_missing(layers, len(layers))
+        if missing is not None:
+            self._fail(root, f"layer {missing} is missing; layers are numbered from 0 without gaps")
         return tuple(layers[i] for i in range(len(layers)))
 
     def _layer(self, index: int, node: yaml.Node) -> LayerBits:
-        if not isinstance(node, yaml.MappingNode):
-            self._fail(node, f"layer {index} is not a mapping of {' and '.join(_KEYS)}")
-        if any(self._is_integer(key) for key, _ in node.value):
+        if isinstance(node, yaml.MappingNode) and any(integer_of(key) is not None for key, _ in node.value):
             return self._per_head_layer(index, node)
         return self._bits(f"layer {index}", node)
 
     def _per_head_layer(self, index: int, node: yaml.MappingNode) -> LayerBits:
-        heads = {}
+        heads: dict[int, LayerBits] = {}
         for head, bits_node, key_node in self._integer_entries(node, f"head of layer {index}"):
             if head in heads:
                 self._fail(key_node, f"head {head} of layer {index} is given twice")
+            if self.kv_heads is not None and head >= self.kv_heads:
+                self._fail(key_node, f"head {head} of layer {index} does not exist; the model has {self._have_heads()}")
             heads[head] = self._bits(f"layer {index}, head {head}", bits_node)
             first = next(iter(heads.values()))
             if heads[head] != first:
@@ -102,58 +104,59 @@ class _PresetReader:
                     f"heads of layer {index} differ: head {head} has {heads[head]}, others {first}; the packed cache has "
                     "one precision per layer",
                 )
+        missing = _first_missing(heads, len(heads) if self.kv_heads is None else self.kv_heads)
+        if missing is not None:
+            has = (
+                "heads are numbered from 0 without gaps"
+                if self.kv_heads is None
+                else f"the model has {self._have_heads()}"
+            )
+            self._fail(node, f"head {missing} of layer {index} is missing; {has}")
         return first
+
+    def _have_heads(self) -> str:
+        return "1 KV head, 0" if self.kv_heads == 1 else f"{self.kv_heads} KV heads, 0 to {(self.kv_heads or 0) - 1}"
 
     def _bits(self, what: str, node: yaml.Node) -> LayerBits:
         if not isinstance(node, yaml.MappingNode):
-            self._fail(node, f"{what} is not a mapping of {' and '.join(_KEYS)}")
-        found = {}
+            self._fail(node, f"{what} is not a mapping of {' and '.join(_BITS)}")
+        found: dict[str, int] = {}
         for key_node, value_node in node.value:
-            key = getattr(key_node, "value", None)
-            if key not in _VALID:
-                self._fail(key_node, f"{what} has the unknown key {key!r}; valid are {', '.join(_VALID)}")
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key not in _OPTIONS:
+                self._fail(
+                    key_node, f"{what} has the unknown key {described(key_node)}; valid are {', '.join(_OPTIONS)}"
+                )
             if key in found:
                 self._fail(key_node, f"{what} gives {key} twice")
-            found[key] = self._value(key, what, value_node)
-        for key in _KEYS:
+            found[key] = self._value(_OPTIONS[key], what, value_node)
+        for key in _BITS:
             if key not in found:
                 self._fail(node, f"{what} has no {key}")
-        return LayerBits(*({**self.defaults, **found}[key] for key in _VALID))
+        options = {**self.defaults, **found}
+        return LayerBits(
+            options["nbits_key"], options["nbits_value"], bool(options["hadamard_key"]), options["sink_length"]
+        )
 
-    def _value(self, key: str, what: str, node: yaml.Node) -> int:
-        given = getattr(node, "value", None)
-        if key == _ROTATION:
-            valid = "true, false"
-            if node.tag == "tag:yaml.org,2002:bool" and given.lower() in ("true", "false"):
-                return given.lower() == "true"
-        elif key == _SINKS:
-            valid = "0 to a page"
-            if self._is_integer(node) and int(given) >= 0:
-                return int(given)
-        else:
-            valid = ", ".join(map(str, STORED_BITS))
-            if self._is_integer(node) and int(given) in STORED_BITS:
-                return int(given)
-        self._fail(node, f"{key} of {what} is {given!r}; valid are {valid}")
+    def _value(self, flag: Flag, what: str, node: yaml.Node) -> int:
+        value = bool_of(node) if flag.type is bool else integer_of(node)
+        if value is None or not flag.accepts(value):
+            self._fail(node, f"{flag.attribute} of {what} is {described(node)}; valid are {flag.valid}")
+        return value
 
-    def _integer_entries(self, node: yaml.Node, what: str):
+    def _integer_entries(self, node: yaml.Node, what: str) -> Iterator[tuple[int, yaml.Node, yaml.Node]]:
+        """Pairs of a mapping with integers from 0 on as keys: the integer, its value's node, and its own."""
         if not isinstance(node, yaml.MappingNode):
             self._fail(node, "a preset is a mapping from layer index to bits")
         for key_node, value_node in node.value:
-            if not self._is_integer(key_node) or int(key_node.value) < 0:
-                given = getattr(key_node, "value", None)
-                self._fail(key_node, f"{given!r} is not the index of a {what}")
-            yield int(key_node.value), value_node, key_node
+            index = integer_of(key_node)
+            if index is None or index < 0:
+                self._fail(key_node, f"{described(key_node)} is not the index of a {what}")
+            yield index, value_node, key_node
 
-    @staticmethod
-    def _is_integer(node: yaml.Node) -> bool:
-        if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:int":
-            return False
-        return node.value.lstrip("-").isdigit()
+    def _fail(self, node: yaml.Node, problem: str) -> NoReturn:
+        raise PresetError(where(self.path, node.start_mark) + problem)
 
-    def _where(self, mark) -> str:
-        line = "" if mark is None else f", line {mark.line + 1}"
-        return f"--kvtuner-config {self.path}{line}: "
 
-    def _fail(self, node: yaml.Node, problem: str):
-        raise PresetError(self._where(node.start_mark) + problem)
+def _first_missing(found: dict[int, LayerBits], count: int) -> int | None:
+    return next((index for index in range(count) if index not in found), None)

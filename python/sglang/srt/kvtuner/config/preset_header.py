@@ -9,7 +9,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from sglang.srt.kvtuner.config.flags import DEFAULT_PAGE_SIZE, KVTunerConfig
+from sglang.srt.kvtuner.config.flags import DEFAULT_PAGE_SIZE, KVTunerConfig, flag_of
+from sglang.srt.kvtuner.config.preset_file import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +21,14 @@ def format_header(fields: dict[str, str]) -> str:
 
 
 def read_header(path: str) -> dict[str, str]:
-    """The fields of a preset's header; empty without one."""
+    """The fields of a preset's header; empty without one. Raises PresetError for a file that cannot be read."""
     fields = {}
-    with open(path, encoding="utf-8") as stream:
-        for line in stream:
-            if not line.startswith("#"):
-                break
-            name, colon, value = line[1:].partition(":")
-            if colon:
-                fields[name.strip()] = value.strip()
+    for line in read_text(path).split("\n"):
+        if not line.startswith("#"):
+            break
+        name, colon, value = line[1:].partition(":")
+        if colon:
+            fields[name.strip()] = value.strip()
     return fields
 
 
@@ -44,15 +44,10 @@ def model_name(model_path: str) -> str:
 
 def recipe_flags(config: KVTunerConfig) -> str:
     """The flags that say how codes are made, which a preset's bits were tuned for."""
-    flags = (
-        f"--kvtuner-asym {str(config.asym).lower()} --kvtuner-axis-key {config.axis_key} "
-        f"--kvtuner-axis-value {config.axis_value} --kvtuner-q-group-size {config.group_size}"
-    )
-    if config.hadamard_key:
-        flags += " --kvtuner-hadamard-key true"
-    if config.sink_length:
-        flags += f" --kvtuner-sink-length {config.sink_length}"
-    return flags
+    given = ["asym", "axis_key", "axis_value", "group_size"]
+    # Presets that were written before these flags existed have none of them.
+    given += [name for name in ("hadamard_key", "sink_length") if getattr(config, name)]
+    return " ".join(f"{flag_of(name).name} {str(getattr(config, name)).lower()}" for name in given)
 
 
 def preset_recipe(config: KVTunerConfig, page_size: int) -> str:
@@ -71,11 +66,11 @@ def warn_of_mismatch(config: KVTunerConfig, model_path: str, page_size: int) -> 
     tuned_for = header.get("model", model_path)
     if model_name(tuned_for).lower() != model_name(model_path).lower():
         logger.warning(
-            "--kvtuner-config %s was tuned for the model %s, this server has %s: its bits suit that other model",
+            "--kvtuner-config %s was tuned for the model %.200s, this server has %s: its bits suit that other model",
             path, tuned_for, model_path,
         )  # fmt: skip
     if header.get("recipe", recipe) != recipe:
         logger.warning(
-            "--kvtuner-config %s was tuned with %s, this server has %s: its quality figures do not hold here",
+            "--kvtuner-config %s was tuned with %.500s, this server has %s: its quality figures do not hold here",
             path, header["recipe"], recipe,
         )  # fmt: skip

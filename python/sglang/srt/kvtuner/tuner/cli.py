@@ -7,7 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
-from sglang.srt.kvtuner.config.flags import DEFAULT_PAGE_SIZE, KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import (
+    DEFAULT_PAGE_SIZE,
+    RECIPE_FLAGS,
+    KVTunerConfig,
+    KVTunerConfigError,
+    add_recipe_arguments,
+)
 
 _EPILOG = "Server flags for loading the model (--device, --dtype, --mem-fraction-static ...) come last, after --."
 
@@ -87,33 +93,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--page-size", type=int, default=DEFAULT_PAGE_SIZE, help="as the server's (default: %(default)s)"
     )
-    parser.add_argument(
-        "--kvtuner-asym", type=_boolean, nargs="?", const=True, default=False, help="as the server's (default: false)"
-    )
-    parser.add_argument("--kvtuner-axis-key", type=int, default=0, help="as the server's (default: 0)")
-    parser.add_argument("--kvtuner-axis-value", type=int, default=0, help="as the server's (default: 0)")
-    parser.add_argument("--kvtuner-q-group-size", type=int, default=64, help="as the server's (default: 64)")
-    parser.add_argument(
-        "--kvtuner-hadamard-key",
-        type=_boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="as the server's (default: false)",
-    )
-    parser.add_argument("--kvtuner-sink-length", type=int, default=0, help="as the server's (default: 0)")
-    parser.add_argument(
-        "--kvtuner-residual-length",
-        type=int,
-        default=0,
-        help="as the server's; 0 by default here, so that short windows exercise the quantized cache",
-    )
-
-
-def _boolean(text: str) -> bool:
-    from sglang.srt.arg_groups.fields.kvtuner import parse_bool
-
-    return parse_bool(text)
+    # No window by default, so that short texts exercise the quantized cache.
+    add_recipe_arguments(parser, residual_length=0)
 
 
 def _interrupt(*unused) -> None:
@@ -127,15 +108,7 @@ def _run(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
     from sglang.srt.kvtuner.tuner.errors import import_optional
     from sglang.srt.kvtuner.tuner.served import TaskSettings, run_tasks
 
-    config = KVTunerConfig(
-        asym=options.kvtuner_asym,
-        axis_key=options.kvtuner_axis_key,
-        axis_value=options.kvtuner_axis_value,
-        group_size=options.kvtuner_q_group_size,
-        residual_length=options.kvtuner_residual_length,
-        sink_length=options.kvtuner_sink_length,
-        hadamard_key=options.kvtuner_hadamard_key,
-    )
+    config = KVTunerConfig.from_args(options, RECIPE_FLAGS)
     if options.command == "sensitivity":
         import_optional("matplotlib")
         run = _open(options, config, flags)
