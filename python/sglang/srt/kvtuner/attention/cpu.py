@@ -70,6 +70,14 @@ class CpuKernels(Kernels):
         )
         return blocks
 
+    def read_pages(self, layer: int, plan: CpuStep) -> int:
+        """The sum of all 64-bit words (and further bytes) in the packed pages that the step reads, head by head in the order of
+        :meth:`attend`: the time that attention cannot go below, for benchmarks."""
+        half = self.storage.layers[layer]
+        return self._module.read_pages(
+            half.key.pages, half.value.pages, plan.sequences, plan.pages, self.storage.page_size
+        )
+
     def _cache(self, layer: int, plan: CpuStep, k: torch.Tensor, v: torch.Tensor) -> tuple:
         buffers, formats = self._layers[layer]
         dtype, page_size = self.storage.dtype, self.storage.page_size
