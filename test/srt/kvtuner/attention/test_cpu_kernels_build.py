@@ -1,5 +1,6 @@
 """Building the C++ kernels: by several processes at once, again, for other processors, and where it cannot be done."""
 
+import _ctypes
 import logging
 import os
 import re
@@ -7,10 +8,12 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from harness.kernels import cpu_kernels
 from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
 from sglang.srt.kvtuner.attention.dispatch import choose_kernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
@@ -70,6 +73,7 @@ def contents(folder):
 @pytest.mark.server  # for its length: three processes that import sglang, and a build
 def test_one_build_serves_all_processes_and_processors(tmp_path):
     """Ranks or servers that start together on an empty cache; forced bodies stand for machines with other processors."""
+    cpu_kernels()
     cache, calls = tmp_path / "cache", tmp_path / "calls"
     real = shutil.which(os.environ.get("CXX", "c++"))
     # Unoptimized, which takes a sixth of the time and gives the same bytes.
@@ -97,6 +101,14 @@ def test_one_build_serves_all_processes_and_processors(tmp_path):
     assert said == "avx2 right" or (said.startswith("refused:") and "avx2" in said), log
     assert contents(cache) == before
     assert len(compilations()) == len(cpu_ops._SOURCES)
+
+    # A library that was cut short would end the process with SIGBUS, another one has other functions.
+    (library,) = cache.rglob("*.so")
+    for damage in (library.read_bytes()[:4096], Path(_ctypes.__file__).read_bytes()):
+        library.write_bytes(damage)
+        said, log = finish(start(cache, CXX=str(compiler), SGLANG_KVTUNER_CPU_ISA="plain"))
+        assert said == "plain right" and f"{library} is not what was built there" in log
+    assert len(compilations()) == 3 * len(cpu_ops._SOURCES)
 
 
 @pytest.fixture
