@@ -20,12 +20,13 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang.srt.kvtuner.attention import cpu as kernels_cpu
-from sglang.srt.kvtuner.attention.backend import attend
-from sglang.srt.kvtuner.cache import huge_pages
+from sglang.kernels.ops.attention.kvtuner.cpu import module as cpu_module
+from sglang.srt.kvtuner.attention.cpu import CpuKernels
+from sglang.srt.kvtuner.attention.reference import ReferenceKernels
+from sglang.srt.kvtuner.attention.steps import StepPlan
+from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.hadamard import block_size
-from sglang.srt.kvtuner.format.page_codec import unpack_pages
 from sglang.srt.kvtuner.format.quantizer import STORED_BITS, UNQUANTIZED_BITS
 
 PAGE = 64
@@ -58,85 +59,76 @@ class Result:
 
 
 class Shape:
-    """Sequences of one length: queries, rings and page tables that all variants share."""
+    """Sequences of one length, and the step that adds a token to each: what all variants share."""
 
     def __init__(self, options: argparse.Namespace, context: int, batch: int) -> None:
         self.context, self.batch, self.kv_heads, self.head_dim = context, batch, options.kv_heads, options.head_dim
+        self.dtype, self.residual_length = options.dtype, options.residual_length
         self.scaling = options.head_dim**-0.5
-        self.prior = context - 1
-        self.packed = max((self.prior - options.residual_length) // PAGE, 0)
-        ring = (-(-options.residual_length // PAGE) + 1) * PAGE
+        prefix_len = context - 1
+        self.packed = max((prefix_len - options.residual_length) // PAGE, 0)
         self.q = torch.randn(batch, options.gqa * self.kv_heads, self.head_dim).to(options.dtype)
         self.k, self.v = torch.randn(2, batch, self.kv_heads, self.head_dim).to(options.dtype)
-        self.k_ring, self.v_ring = torch.randn(2, batch, ring, self.kv_heads, self.head_dim).to(options.dtype)
-        self.num_pages = self.packed * batch + 1
-        self.no_sinks = torch.empty(self.num_pages, 0, self.kv_heads, self.head_dim, dtype=options.dtype)
-        self.pages = (torch.randperm(max(self.num_pages - 1, 1)) + 1).to(torch.int32)
-        rows = [(i, i, 1, self.prior, self.packed * PAGE, i * self.packed) for i in range(batch)]
-        self.sequences = torch.tensor(rows, dtype=torch.int64)
-
-    def window(self, sequence: int, ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(self.packed * PAGE, self.prior) % ring.shape[1]
-        return torch.cat([ring[sequence, rows], new[sequence : sequence + 1]]).float()
+        whole = context // PAGE  # pages of a request after the step, in random order
+        self.num_pages = whole * batch + 1
+        self.step = StepPlan(
+            slots=torch.arange(batch),
+            query_start=torch.arange(batch + 1, dtype=torch.int32),
+            prefix_lens=torch.full((batch,), prefix_len, dtype=torch.int32),
+            packed_end=torch.full((batch,), self.packed * PAGE, dtype=torch.int32),
+            pages=(torch.randperm(whole * batch) + 1).to(torch.int32).view(batch, whole),
+        )
 
 
 class Packed:
-    """The kernels over pages of a format."""
+    """The kernels over pages of a format; the layers of its cache are copies of one that do not fit the processor's caches
+    together, and take turns."""
 
     def __init__(self, shape: Shape, layer: LayerFormat, label: str) -> None:
         self.shape, self.label = shape, label
-        x = torch.randn(2, DISTINCT_PAGES, PAGE, shape.head_dim)
-        blocks = [kernels_cpu.pack_pages(x[i], fmt) for i, fmt in enumerate((layer.key, layer.value))]
-        self.values = torch.stack([unpack_pages(b, f) for b, f in zip(blocks, (layer.key, layer.value))])
-        self.formats = kernels_cpu.format_numbers(layer)
-        which = torch.randint(DISTINCT_PAGES, (2, shape.num_pages, shape.kv_heads))
-        self.which = which
-        first = [blocks[i][which[i]] for i in range(2)]
-        self.bytes = sum(b.shape[-1] for b in blocks) * shape.packed * shape.batch * shape.kv_heads
+        halves = (layer.key, layer.value)
+        self.bytes = sum(fmt.block_bytes for fmt in halves) * shape.packed * shape.batch * shape.kv_heads
         copies = max(2, -(-BUFFER_BYTES // max(self.bytes, 1 << 20)))
-        # One allocation per variant, in huge pages as the server's pool is, bfloat16 included.
-        self.buffers = []
-        for source in zip(*[_repeated(t, copies) for t in first]):
-            self.buffers.append(list(source))
-        self.out = torch.empty_like(shape.q)
+        self.storage = CacheStorage.allocate(
+            [layer] * copies,
+            num_pages=shape.num_pages,
+            num_slots=shape.batch,
+            ring_length=(-(-shape.residual_length // PAGE) + 1) * PAGE,
+            residual_length=shape.residual_length,
+            kv_heads=shape.kv_heads,
+            dtype=shape.dtype,
+            device="cpu",
+        )
+        blocks = [CpuKernels.pack_pages(torch.randn(DISTINCT_PAGES, PAGE, shape.head_dim), fmt) for fmt in halves]
+        which = torch.randint(DISTINCT_PAGES, (2, shape.num_pages, shape.kv_heads))
+        rings = [
+            torch.randn(stored.ring.shape) for stored in (self.storage.layers[0].key, self.storage.layers[0].value)
+        ]
+        for buffers in self.storage.layers:
+            for i, stored in enumerate((buffers.key, buffers.value)):
+                stored.pages.copy_(blocks[i][which[i]])
+                stored.ring.copy_(rings[i])
+        self.kernels = CpuKernels(self.storage)
+        self.plan = self.kernels.plan(shape.step)
         self.turn = 0
 
-    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that have not been used for longest."""
+    def layer(self) -> int:
+        """The layer that has not been used for longest."""
         self.turn += 1
-        return self.buffers[self.turn % len(self.buffers)]
+        return self.turn % len(self.storage.layers)
 
     def read(self) -> None:
-        s, (keys, values) = self.shape, self.pages()
-        kernels_cpu.module().read_pages(keys, values, s.sequences, s.pages, PAGE)
+        self.kernels.read_pages(self.layer(), self.plan)
 
-    def run(self) -> None:
-        s, (keys, values) = self.shape, self.pages()
-        kernels_cpu.module().attend(
-            s.q, s.k, s.v, s.k_ring, s.v_ring, keys, values, s.no_sinks, s.no_sinks, s.sequences, s.pages, self.formats,
-            PAGE, s.scaling, self.out,
-        )  # fmt: skip
+    def run(self) -> torch.Tensor:
+        s = self.shape
+        return self.kernels.attend(self.layer(), self.plan, s.q, s.k, s.v, s.scaling)
 
     def error(self) -> float:
-        """Largest error of an output row relative to its norm, against float32 attention over the same codes."""
-        s, worst = self.shape, 0.0
-        self.run()
-        for i in range(s.batch):
-            pages = s.pages[i * s.packed : (i + 1) * s.packed].long()
-            rings = ((s.k_ring, s.k), (s.v_ring, s.v))
-            k, v = (
-                torch.cat([self.values[j][self.which[j][pages]].transpose(1, 2).flatten(0, 1), s.window(i, *rings[j])])
-                for j in range(2)
-            )
-            expected = attend(s.q[i : i + 1], k, v, scaling=s.scaling)
-            difference = self.out[i : i + 1].float() - expected
-            worst = max(worst, (difference.norm(dim=-1) / expected.norm(dim=-1)).max().item())
-        return worst
-
-
-def _repeated(x: torch.Tensor, copies: int) -> torch.Tensor:
-    (out,) = huge_pages.zeros([(copies, *x.shape)], x.dtype, "cpu")
-    return out.copy_(x)
+        """Largest error of an output row relative to its norm, against the reference over the same pages."""
+        s = self.shape
+        expected = ReferenceKernels(self.storage).attend(0, s.step, s.q, s.k, s.v, s.scaling).float()
+        return ((self.run().float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
 
 class Upstream:
@@ -256,7 +248,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     values = options.bits_value or options.bits_key
     if len(values) != len(options.bits_key):
         parser.error("--bits-value needs as many widths as --bits-key")
-    options.bits = list(zip(options.bits_key, values))
+    options.bits = list(zip(options.bits_key, values, strict=True))
     if options.device != "cpu":
         parser.error(f"there are no kernels for {options.device} yet")
     return options
@@ -265,7 +257,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.manual_seed(0)
-    name, threads = kernels_cpu.module().body_name(), torch.get_num_threads()
+    name, threads = cpu_module().body_name(), torch.get_num_threads()
     print(
         f"C++ ({name}), {threads} threads, head_dim {options.head_dim}, {options.kv_heads} KV heads, GQA {options.gqa}"
     )

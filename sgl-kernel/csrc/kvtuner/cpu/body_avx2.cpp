@@ -1,49 +1,18 @@
 // The body of the CPU kernels for AVX2 (with FMA and F16C).
 //
-// Headers that other files share come before the pragma: code compiled for this instruction set stays in the body's
-// own namespace, so that the linker cannot give it to a machine without.
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-
+// Headers that other files share come before the pragma (see attend_types.h).
 #include <sgl_kernel/kvtuner/cpu/attend_types.h>
 #include <sgl_kernel/kvtuner/cpu/store_out.h>
-#include <sgl_kernel/kvtuner/kv_codec.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-
-namespace kvtuner {
-namespace {
-namespace avx2 {
-#include <sgl_kernel/kvtuner/cpu/simd_avx2.h>
-
-#include <sgl_kernel/kvtuner/cpu/tile_loops.h>
-
-#include <sgl_kernel/kvtuner/cpu/block_product.h>
-
-#include <sgl_kernel/kvtuner/cpu/block_rows.h>
-
-#include <sgl_kernel/kvtuner/cpu/block_multiply.h>
-
-#include <sgl_kernel/kvtuner/cpu/hadamard.h>
-
-#include <sgl_kernel/kvtuner/cpu/softmax.h>
-
-#include <sgl_kernel/kvtuner/cpu/weights.h>
-
-#include <sgl_kernel/kvtuner/cpu/attend_tail.h>
-
+#define KVTUNER_ISA avx2
+#define KVTUNER_SIMD <sgl_kernel/kvtuner/cpu/simd_avx2.h>
 #include <sgl_kernel/kvtuner/cpu/attend_body.h>
-
-#include <sgl_kernel/kvtuner/cpu/pack_body.h>
-}  // namespace avx2
-}  // namespace
-}  // namespace kvtuner
-
+#include <sgl_kernel/kvtuner/cpu/pack_page.h>
 #pragma GCC pop_options
 
 namespace kvtuner {
@@ -53,7 +22,7 @@ bool supported() {
 }
 }  // namespace
 
-const Body kAvx2Body{"avx2", supported, avx2::scratch_bytes, avx2::attend, avx2::pack, avx2::load_rows};
+const Body kAvx2Body{"avx2", supported, avx2::scratch_bytes, avx2::attend, avx2::pack_page, avx2::load_rows};
 }  // namespace kvtuner
 #else
 namespace kvtuner {

@@ -1,14 +1,8 @@
 // The body of the CPU kernels for AVX-512 (F, BW, VL, DQ, VNNI).
 //
-// Headers that other files share come before the pragma: code compiled for this instruction set stays in the body's
-// own namespace, so that the linker cannot give it to a machine without.
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-
+// Headers that other files share come before the pragma (see attend_types.h).
 #include <sgl_kernel/kvtuner/cpu/attend_types.h>
 #include <sgl_kernel/kvtuner/cpu/store_out.h>
-#include <sgl_kernel/kvtuner/kv_codec.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,35 +11,10 @@
 // behind all vector instructions: tiles take up to a tenth longer.
 #pragma GCC push_options
 #pragma GCC target("tune=skylake-avx512,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi2")
-
-namespace kvtuner {
-namespace {
-namespace avx512 {
-#include <sgl_kernel/kvtuner/cpu/simd_avx512.h>
-
-#include <sgl_kernel/kvtuner/cpu/tile_loops.h>
-
-#include <sgl_kernel/kvtuner/cpu/block_product.h>
-
-#include <sgl_kernel/kvtuner/cpu/block_rows.h>
-
-#include <sgl_kernel/kvtuner/cpu/block_multiply.h>
-
-#include <sgl_kernel/kvtuner/cpu/hadamard.h>
-
-#include <sgl_kernel/kvtuner/cpu/softmax.h>
-
-#include <sgl_kernel/kvtuner/cpu/weights.h>
-
-#include <sgl_kernel/kvtuner/cpu/attend_tail.h>
-
+#define KVTUNER_ISA avx512
+#define KVTUNER_SIMD <sgl_kernel/kvtuner/cpu/simd_avx512.h>
 #include <sgl_kernel/kvtuner/cpu/attend_body.h>
-
-#include <sgl_kernel/kvtuner/cpu/pack_body.h>
-}  // namespace avx512
-}  // namespace
-}  // namespace kvtuner
-
+#include <sgl_kernel/kvtuner/cpu/pack_page.h>
 #pragma GCC pop_options
 
 namespace kvtuner {
@@ -57,7 +26,8 @@ bool supported() {
 }
 }  // namespace
 
-const Body kAvx512Body{"avx512", supported, avx512::scratch_bytes, avx512::attend, avx512::pack, avx512::load_rows};
+const Body kAvx512Body{"avx512",       supported,         avx512::scratch_bytes,
+                       avx512::attend, avx512::pack_page, avx512::load_rows};
 }  // namespace kvtuner
 #else
 namespace kvtuner {

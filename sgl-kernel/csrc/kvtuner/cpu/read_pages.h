@@ -2,42 +2,36 @@
 #pragma once
 
 #include <cstring>
+#include <vector>
 
 #include <sgl_kernel/kvtuner/cpu/attend_types.h>
 
 namespace kvtuner {
 
-// blocks: [pages][kv_heads][bytes] of keys and of values.
-struct PageBlocks {
-  const uint8_t* data[2];
-  int64_t bytes[2];
-  int64_t kv_heads;
-};
-
-// The sum of all words in the pages of all sequences, head by head in the order of their pages, on all threads.
-inline uint64_t read_pages(const PageBlocks& b, const Sequence* sequences, int64_t count, const int32_t* pages,
-                           int64_t page) {
+// The sum of all words in the pages of all requests, head by head in the order of their pages, on all threads.
+inline uint64_t read_pages(const LayerBuffers& layer, const std::vector<RequestStep>& requests) {
   uint64_t sum = 0;
 #pragma omp parallel reduction(+ : sum)
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t packed = sequences[s].packed_end / page, blocks = packed * b.kv_heads;
-    const int32_t* ids = pages + sequences[s].page_begin;
-    const auto block_of = [&](int which, int64_t i) {
-      return b.data[which] + (ids[i % packed] * b.kv_heads + i / packed) * b.bytes[which];
+  for (const RequestStep& request : requests) {
+    const int64_t packed = request.packed_end / layer.page_size, blocks = packed * layer.kv_heads;
+    const auto block_of = [&](const TensorBuffers& half, int64_t i) {
+      return half.pages +
+             (request.pages[i % packed] * (int64_t)layer.kv_heads + i / packed) * half.format.block_bytes();
     };
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < blocks; ++i)
-      for (int which = 0; which < 2; ++which) {
-        const uint8_t *at = block_of(which, i), *next = i + 1 < blocks ? block_of(which, i + 1) : at;
+      for (const TensorBuffers* half : {&layer.key, &layer.value}) {
+        const uint8_t *at = block_of(*half, i), *next = i + 1 < blocks ? block_of(*half, i + 1) : at;
+        const int64_t bytes = half->format.block_bytes();
         uint64_t words[8] = {};
         int64_t byte = 0;
-        for (; byte + 64 <= b.bytes[which]; byte += 64) {
+        for (; byte + 64 <= bytes; byte += 64) {
           __builtin_prefetch(next + byte, 0, 3);
           uint64_t line[8];
           std::memcpy(line, at + byte, 64);
           for (int w = 0; w < 8; ++w) words[w] += line[w];
         }
-        for (; byte < b.bytes[which]; ++byte) sum += at[byte];
+        for (; byte < bytes; ++byte) sum += at[byte];
         for (const uint64_t word : words) sum += word;
       }
   }

@@ -1,6 +1,7 @@
 // The packed form of one page of one KV head, to the byte: the one definition for every kernel.
 //
-// Plain C++ without torch, for host and device. `page_codec.py` is its reference in torch; both agree byte for byte.
+// Plain C++ without torch, for host and device. `layout.py`, `page_codec.py` and `quantizer.py` are its reference in
+// torch; both agree byte for byte.
 //
 // A block is codes, then scales (float16), then zero points (int16, asymmetric only), without padding.
 //
@@ -31,59 +32,68 @@
 namespace kvtuner {
 
 constexpr int kLanes = 16;
-constexpr int kVectorBytes = 64;
+constexpr int kWordBytes = 4;  // of one lane
+constexpr int kVectorBytes = kLanes * kWordBytes;
 constexpr int kParameterBytes = 2;
 constexpr float kRangeFloor = 1e-5f;
 constexpr float kMaxStoredZero = 32000.f;
 constexpr float kHalfStep = 5.9604644775390625e-08f;  // 2^-24, the smallest positive float16
 constexpr float kHalfMax = 65504.f;
+constexpr uint16_t kHalfNan = 0x7e00;
+constexpr uint16_t kBfloatNan = 0x7fc0;
+constexpr uint32_t kInfinityBits = 0x7f800000;
 
-// bits: 2, 4, 8, or 16 for bfloat16. axis: 0 groups along head_dim, 1 along tokens. token_lanes: true for keys.
+// The lowest bit, in a lane's word, of element 2 p + h of its span: word h, plane p.
+KVTUNER_HD constexpr int bit_in_word(int nbits, int element) { return element / 2 * nbits + element % 2 * 16; }
+
+// The format of K or V in one layer, with the fields of Python's TensorFormat (formats.py).
+//
+// nbits: 2, 4, 8, or 16 for bfloat16. axis: 0 groups along head_dim, 1 along tokens. token_lanes: true for keys.
 // hadamard: rows are rotated in blocks of that many channels before they are quantized (cpu/hadamard.h); 0: they are
-// not.
+// not. Which formats kernels read is Python's matter (CpuKernels.supports).
 struct BlockFormat {
-  int bits;
+  int nbits;
   int asym;
   int axis;
-  int group;
-  int page;
+  int group_size;
+  int page_size;
   int head_dim;
   int token_lanes;
   int hadamard = 0;
 
-  KVTUNER_HD constexpr int lanes() const { return token_lanes ? page : head_dim; }
-  KVTUNER_HD constexpr int reduction() const { return token_lanes ? head_dim : page; }
-  KVTUNER_HD constexpr int span() const { return 32 / bits; }
+  KVTUNER_HD constexpr int lanes() const { return token_lanes ? page_size : head_dim; }
+  KVTUNER_HD constexpr int reduction() const { return token_lanes ? head_dim : page_size; }
+  KVTUNER_HD constexpr int span() const { return 32 / nbits; }
   // True where a group runs along the reduction, so that its scale applies after the dot product.
   KVTUNER_HD constexpr bool reduction_groups() const { return (axis == 0) == (token_lanes != 0); }
-  KVTUNER_HD constexpr int groups() const { return (axis == 0 ? head_dim : page) / group; }
+  KVTUNER_HD constexpr int groups() const { return (axis == 0 ? head_dim : page_size) / group_size; }
   // Neighbouring parameters: one group's scales for all lanes, or for all of the reduction.
-  KVTUNER_HD constexpr int parameters_per_group() const { return axis == 0 ? page : head_dim; }
-  KVTUNER_HD constexpr int code_bytes() const { return page * head_dim * bits / 8; }
+  KVTUNER_HD constexpr int parameters_per_group() const { return axis == 0 ? page_size : head_dim; }
+  KVTUNER_HD constexpr int code_bytes() const { return page_size * head_dim * nbits / 8; }
   KVTUNER_HD constexpr int scale_bytes() const {
-    return bits == 16 ? 0 : groups() * parameters_per_group() * kParameterBytes;
+    return nbits == 16 ? 0 : groups() * parameters_per_group() * kParameterBytes;
   }
   KVTUNER_HD constexpr int zero_bytes() const { return asym ? scale_bytes() : 0; }
   KVTUNER_HD constexpr int block_bytes() const { return code_bytes() + scale_bytes() + zero_bytes(); }
-  KVTUNER_HD constexpr int offset() const { return 1 << (bits - 1); }
-  // False where lanes or reduction do not fill vectors; such blocks are row-major and no kernel reads them.
-  KVTUNER_HD constexpr bool tiled() const { return lanes() % kLanes == 0 && reduction() % span() == 0; }
-  // True where the vector bodies apply: groups are whole vectors.
-  KVTUNER_HD constexpr bool vector_groups() const {
-    return bits == 16 || group % (reduction_groups() ? span() : kLanes) == 0;
+  KVTUNER_HD constexpr int offset() const { return 1 << (nbits - 1); }
+
+  // Where things lie. Bytes from one vector to the next along the reduction, the lanes being the same:
+  KVTUNER_HD constexpr int vector_stride() const { return lanes() * kWordBytes; }
+  // The 32-bit word of a lane that holds an element of the reduction, in bytes from the block's start,
+  KVTUNER_HD constexpr int word_of(int element, int lane) const {
+    return element / span() * vector_stride() + lane * kWordBytes;
   }
-  KVTUNER_HD constexpr int parameter_index(int token, int channel) const {
-    return axis == 0 ? channel / group * page + token : token / group * head_dim + channel;
-  }
-  // Byte of the code of (token, channel); shift_of is its lowest bit there. For bits < 16.
+  // and the element's lowest bit in it.
+  KVTUNER_HD constexpr int bit_of(int element) const { return bit_in_word(nbits, element % span()); }
+  // First byte of the code, or bfloat16 value, of (token, channel), and its lowest bit there.
   KVTUNER_HD constexpr int byte_of(int token, int channel) const {
-    const int r = token_lanes ? channel : token, l = token_lanes ? token : channel;
-    const int plane = r % span() / 2;
-    return (r / span() * (lanes() / kLanes) + l / kLanes) * kVectorBytes + l % kLanes * 4 + r % 2 * 2 +
-           plane * bits / 8;
+    const int element = token_lanes ? channel : token, lane = token_lanes ? token : channel;
+    return word_of(element, lane) + bit_of(element) / 8;
   }
-  KVTUNER_HD constexpr int shift_of(int token, int channel) const {
-    return (token_lanes ? channel : token) % span() / 2 * bits % 8;
+  KVTUNER_HD constexpr int shift_of(int token, int channel) const { return bit_of(token_lanes ? channel : token) % 8; }
+  // Place of a group's scale among the scales, and of its zero point among the zero points.
+  KVTUNER_HD constexpr int parameter_index(int token, int channel) const {
+    return axis == 0 ? channel / group_size * page_size + token : token / group_size * head_dim + channel;
   }
 };
 
@@ -128,14 +138,29 @@ KVTUNER_HD inline float scale_of_half(uint16_t h) {
 
 KVTUNER_HD inline uint16_t bf16_of(float x) {
   const uint32_t u = bits_of(x);
-  if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)((u >> 16) | 0x40);  // NaN stays NaN
+  if ((u & 0x7fffffff) > kInfinityBits) return kBfloatNan;
   return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-KVTUNER_HD inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+// NaN becomes low.
+KVTUNER_HD inline float clamp(float x, float low, float high) {
+  const float y = x > low ? x : low;
+  return y < high ? y : high;
+}
 
-// Scale and zero point of a group from its smallest and largest element (quantizer.py with float16 scales).
-KVTUNER_HD inline void group_parameters(const BlockFormat& f, float low, float high, uint16_t* scale, int16_t* zero) {
+// What is stored for a group beside its codes.
+struct GroupParameters {
+  uint16_t scale;  // float16
+  int16_t zero;    // 0 where the format is symmetric
+};
+
+// Of a group with an element that is NaN or infinite; its codes are 0. Everything that is read from it is NaN, so that
+// the damage shows wherever the page goes.
+constexpr GroupParameters kNonfiniteGroup{kHalfNan, 0};
+
+// Of a group of finite elements, from the smallest and the largest (quantizer.py with float16 scales). Infinite ranges,
+// of elements near the ends of float32, saturate as large ones do.
+KVTUNER_HD inline GroupParameters group_parameters(const BlockFormat& f, float low, float high) {
   const float q_min = -(float)f.offset(), q_max = (float)(f.offset() - 1);
   float s;
   if (f.asym) {
@@ -147,8 +172,11 @@ KVTUNER_HD inline void group_parameters(const BlockFormat& f, float low, float h
     const float range = -low > high ? -low : high;
     s = (range < kRangeFloor ? kRangeFloor : range) / q_max;
   }
-  *scale = half_of_scale(clamp(s, kHalfStep, kHalfMax));
-  if (f.asym) *zero = (int16_t)(round_even(low / scale_of_half(*scale)) - q_min);
+  const uint16_t scale = half_of_scale(clamp(s, kHalfStep, kHalfMax));
+  if (!f.asym) return {scale, 0};
+  // Beyond an int16 already before it is rounded, so that round_even stays in its range.
+  const float zero = round_even(clamp(low / scale_of_half(scale), -65536.f, 65536.f)) - q_min;
+  return {scale, (int16_t)clamp(zero, -32768.f, 32767.f)};
 }
 
 // The code of x, offset binary. Clamping before rounding keeps round_even in its range and changes no code.

@@ -1,65 +1,14 @@
 """Every implementation of the kernels against the definition: attention in float64, packed bytes, and what a step leaves."""
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 
 from harness.cache_model import CacheModel
-from harness.formats import ATTENTION_TOLERANCE, SHAPES, all_formats, mixed_layers, random_format, tensor_format
-from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
-from sglang.srt.kvtuner.attention.cpu import CpuKernels
-from sglang.srt.kvtuner.attention.reference import ReferenceKernels
-from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
+from harness.formats import SHAPES, all_formats, mixed_layers, random_format, tensor_format
+from harness.kernels import make_case, run, tolerance
 from sglang.srt.kvtuner.format.page_codec import pack_pages
-
-IMPLEMENTATIONS = {
-    "reference": (ReferenceKernels, {}),
-    **{f"cpu-{isa}": (CpuKernels, {"SGLANG_KVTUNER_CPU_ISA": isa}) for isa in ("avx512", "avx2", "plain")},
-}
-
-
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
-def kernels(request):
-    """An implementation, with the environment that chooses it."""
-    found, environment = IMPLEMENTATIONS[request.param]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        if found is CpuKernels:
-            try:
-                cpu_ops.module().body_name()
-            except (cpu_ops.KernelBuildError, ValueError) as e:
-                pytest.skip(str(e))
-        yield found
-
-
-def tolerance(kernels, dtype=torch.float32):
-    """Of a row relative to its norm. In half precision the output itself is rounded by half a unit in the last place."""
-    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    return (1e-5 if kernels is ReferenceKernels else ATTENTION_TOLERANCE) + rounding
-
-
-def make_case(kernels, key, value, heads, kv_heads, residual, dtype=torch.float32, sinks=0, lengths=(0,)):
-    """A cache of one layer, with a request of each length in slots 1, 2, …"""
-    pages = sum(length // key.page_size + 12 for length in lengths)
-    model = CacheModel(
-        kernels, (LayerFormat(key, value, sinks),), heads=heads, kv_heads=kv_heads, residual=residual, dtype=dtype,
-        num_slots=len(lengths) + 1, num_pages=pages + 2, max_pages=max(lengths) // key.page_size + 12,
-    )  # fmt: skip
-    for slot, length in enumerate(lengths, start=1):
-        model.begin(slot)
-        if length:
-            model.step((slot, length), attend=False)
-    return model
-
-
-def run(model, *counts):
-    error = model.step(*enumerate(counts, start=1))
-    model.check()
-    return error
-
 
 PAGE_FORMATS = all_formats(SHAPES)
 
@@ -227,40 +176,3 @@ def test_sinks_of_a_page_that_changes_hands(kernels):
     assert model.table.pages[1][0] == first and not torch.equal(sinks[first], kept[first])
     assert model.step((1, 1)) <= tolerance(kernels)
     model.check()
-
-
-def test_formats_are_refused_with_the_reason():
-    fmt = tensor_format(4, False, 0, 8, 8, 24, True)
-    assert "divide by 16" in CpuKernels.supports(LayerFormat(fmt, fmt))
-    rows = replace(tensor_format(2, False, 1, 8, 64, 64, True), axis=1)
-    assert CpuKernels.supports(LayerFormat(rows, rows)) == "groups of 8 at 2 bits do not fill vectors"
-    assert ReferenceKernels.supports(LayerFormat(fmt, TensorFormat.unquantized(8, 24))) is None
-
-
-def test_an_unknown_instruction_set_is_refused(monkeypatch):
-    try:
-        cpu_ops.module()
-    except cpu_ops.KernelBuildError as e:
-        pytest.skip(str(e))
-    monkeypatch.setenv("SGLANG_KVTUNER_CPU_ISA", "neon")
-    with pytest.raises(ValueError, match="neon"):
-        cpu_ops.module().body_name()
-
-
-def test_read_pages_reads_every_block_of_the_step():
-    try:
-        module = cpu_ops.module()
-    except cpu_ops.KernelBuildError as e:
-        pytest.skip(str(e))
-    torch.manual_seed(0)
-    keys, values = torch.randint(256, (9, 2, 64), dtype=torch.uint8), torch.randint(256, (9, 2, 136), dtype=torch.uint8)
-    pages = torch.tensor([7, 2, 5, 8, 1], dtype=torch.int32)
-    sequences = torch.tensor([[0, 0, 1, 130, 128, 0], [1, 1, 1, 30, 0, 2], [2, 2, 1, 200, 192, 2]])
-
-    def checksum(blocks):
-        whole = blocks.shape[-1] // 64 * 64
-        words = blocks[..., :whole].contiguous().view(torch.int64)
-        return words.sum() + blocks[..., whole:].long().sum()
-
-    expected = sum(checksum(x[pages.long()]) for x in (keys, values)).item()
-    assert module.read_pages(keys, values, sequences, pages, 64) == expected

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 
 from sglang.kernels.ops.attention.kvtuner import cpu as ops
 from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
 from sglang.srt.kvtuner.attention.steps import StepPlan
-from sglang.srt.kvtuner.cache.storage import CacheStorage, LayerStorage
+from sglang.srt.kvtuner.cache.storage import CacheStorage, LayerStorage, TensorStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.layout import VectorLayout
 
-
-@dataclass(frozen=True)
-class CpuStep:
-    """A step as the C++ code takes it: ``sequences`` int64 [requests, 6], ``pages`` int32."""
-
-    sequences: torch.Tensor
-    pages: torch.Tensor
+# What the C++ code takes by the names of its fields (csrc/kvtuner/cpu/fields.h).
+_SHARED_CLASSES: tuple[type, ...] = (TensorFormat, TensorStorage, LayerStorage, StepPlan)
 
 
 class CpuKernels(Kernels):
-    """Attention and storing on the CPU, for formats whose codes lie in vectors."""
+    """Attention and storing on the CPU, for formats whose codes lie in vectors.
+
+    Layers and steps are objects of C++: checked once, when they are made. Raises RuntimeError where C++ has other fields than
+    the classes here.
+    """
 
     def __init__(self, storage: CacheStorage) -> None:
         super().__init__(storage)
         self._module = ops.module()
+        check_fields(self._module.field_names())
         self.name = f"C++ ({self._module.body_name()})"
-        self._layers = [self._arguments(layer) for layer in storage.layers]
+        self._layers = [self._module.layer(_by_name(layer), storage.nonfinite_blocks) for layer in storage.layers]
+        # Looked up once: a step asks for each of them once per layer.
+        self._attend, self._store = self._module.attend, self._module.store
 
     @classmethod
     def supports(cls, layer: LayerFormat) -> str | None:
@@ -42,47 +45,56 @@ class CpuKernels(Kernels):
         except ops.KernelBuildError as e:
             raise KernelsUnavailable(str(e)) from e
 
-    def plan(self, step: StepPlan) -> CpuStep:
-        first = torch.arange(step.slots.numel()) * step.pages.shape[1]
-        query_lens = step.query_start.diff()
-        columns = (step.slots, step.query_start[:-1], query_lens, step.prefix_lens, step.packed_end, first)
-        return CpuStep(torch.stack([column.long() for column in columns], dim=1), step.pages)
+    def plan(self, step: StepPlan) -> Any:
+        return self._module.step(self._layers[0], _by_name(step))
 
     def attend(
-        self, layer: int, plan: CpuStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        self, layer: int, plan: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype)
-        self._module.attend(q, *self._cache(layer, plan, k, v), scaling, out)
+        self._attend(self._layers[layer], plan, q, self._stored(k), self._stored(v), scaling, out)
         return out
 
-    def store(self, layer: int, plan: CpuStep, k: torch.Tensor, v: torch.Tensor) -> None:
-        self._module.store(*self._cache(layer, plan, k, v))
+    def store(self, layer: int, plan: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._store(self._layers[layer], plan, self._stored(k), self._stored(v))
 
     @staticmethod
     def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
         blocks = torch.empty(x.shape[0], fmt.block_bytes, dtype=torch.uint8)
-        ops.module().pack_pages(
-            x.contiguous(),
-            blocks,
-            fmt.nbits,
-            int(fmt.asym),
-            fmt.axis,
-            fmt.group_size,
-            int(fmt.token_lanes),
-            fmt.hadamard,
-        )
+        ops.module().pack_pages(x.contiguous(), blocks, _by_name(fmt))
         return blocks
 
-    def _cache(self, layer: int, plan: CpuStep, k: torch.Tensor, v: torch.Tensor) -> tuple:
-        buffers, formats = self._layers[layer]
-        dtype, page_size = self.storage.dtype, self.storage.page_size
-        return k.to(dtype), v.to(dtype), *buffers, plan.sequences, plan.pages, formats, page_size
+    def _stored(self, rows: torch.Tensor) -> torch.Tensor:
+        dtype = self.storage.dtype
+        return rows if rows.dtype == dtype else rows.to(dtype)
 
-    @staticmethod
-    def _arguments(layer: LayerStorage) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        k, v = layer.key, layer.value
-        formats = [[f.nbits, int(f.asym), f.axis, f.group_size, f.hadamard] for f in (k.format, v.format)]
-        return (k.ring, v.ring, k.pages, v.pages, k.sinks, v.sinks), torch.tensor(formats, dtype=torch.int64)
+    def read_pages(self, layer: int, plan: Any) -> int:
+        """The sum of all 64-bit words (and further bytes) in the packed pages that the step reads, head by head in the order of
+        :meth:`attend`: the time that attention cannot go below, for benchmarks."""
+        return self._module.read_pages(self._layers[layer], plan)
+
+
+def code_places(fmt: TensorFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where C++ puts each (token, channel) of a page: first byte and lowest bit of its code, and the place of its scale among
+    the block's scales. int64 [page_size, head_dim] each; for tests against the definition (format/layout.py)."""
+    codes = torch.empty(fmt.page_size, fmt.head_dim, 2, dtype=torch.int64)
+    parameters = torch.empty(fmt.page_size, fmt.head_dim, dtype=torch.int64)
+    ops.module().code_places(_by_name(fmt), codes, parameters)
+    return codes[..., 0], codes[..., 1], parameters
+
+
+def check_fields(names: Any) -> None:
+    """Compare the lists of fields that C++ names, by class, with the fields of the classes here. Raises RuntimeError."""
+    for shared in _SHARED_CLASSES:
+        here, there = [field.name for field in fields(shared)], list(names.get(shared.__name__, ()))
+        if here != there:
+            raise RuntimeError(f"{shared.__name__} has the fields {here}, but {there} in the C++ kernels")
+
+
+def _by_name(x: Any) -> dict[str, Any]:
+    """Fields of a dataclass, nested ones too, by name; tensors as they are."""
+    values = {field.name: getattr(x, field.name) for field in fields(x)}
+    return {name: _by_name(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 def _unsupported(fmt: TensorFormat) -> str | None:

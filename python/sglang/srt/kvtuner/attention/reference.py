@@ -74,7 +74,9 @@ class ReferenceKernels(Kernels):
                 half.sinks.index_copy_(0, ids[:1], tokens[None, : half.sinks.shape[1]])
             for i in range(len(completed)):  # a page at a time, whatever the length of the chunk
                 x = tokens[i * page : (i + 1) * page].transpose(0, 1)
-                half.pages.index_copy_(0, ids[i : i + 1], page_codec.pack_pages(x, half.format)[None])
+                blocks = page_codec.pack_pages(x, half.format)
+                self.storage.nonfinite_blocks.add_(page_codec.has_nonfinite(blocks, half.format).sum())
+                half.pages.index_copy_(0, ids[i : i + 1], blocks[None])
         kept = min(rows.shape[0], length)
         ring.index_copy_(0, self._ring_rows(request.end - kept, request.end), rows[rows.shape[0] - kept :])
 

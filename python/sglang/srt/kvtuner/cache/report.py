@@ -10,7 +10,8 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
 
     stored_bits*: bits of the packed buffers per element that they can hold. sink_bits: what sinks add to that.
     bytes_per_token*: of this rank. pool_bytes: packed pages and sinks. capacity_tokens_full_precision: tokens of an
-    unquantized cache in the same memory (pages, sinks and rings).
+    unquantized cache in the same memory (pages, sinks and rings). nonfinite_blocks: see CacheStorage; where it is not 0, the
+    model made keys or values that are NaN or infinite, and requests that read those pages get NaN.
     """
     storage = pool.storage
     tokens = storage.num_pages * pool.page_size
@@ -38,6 +39,7 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
         "sink_bytes": sink_bytes,
         "ring_bytes": ring_bytes,
         "ring_slots": storage.num_slots,
+        "nonfinite_blocks": int(storage.nonfinite_blocks),
         "capacity_tokens": pool.size,
         "capacity_tokens_full_precision": (pool_bytes + ring_bytes) // full_token_bytes,
     }

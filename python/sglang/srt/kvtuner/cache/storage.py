@@ -53,6 +53,7 @@ class CacheStorage:
     """Buffers of all layers of one rank.
 
     layers: in the order of the rank's layers. residual_length: newest tokens that a step must find in full precision.
+    nonfinite_blocks: int64 [1], packed blocks (of a page, head, and K or V) so far that held an element that was NaN or infinite.
     """
 
     layers: tuple[LayerStorage, ...]
@@ -63,6 +64,7 @@ class CacheStorage:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    nonfinite_blocks: torch.Tensor
 
     @classmethod
     def allocate(
@@ -102,6 +104,7 @@ class CacheStorage:
             head_dim=first.head_dim,
             dtype=dtype,
             device=torch.device(device),
+            nonfinite_blocks=torch.zeros(1, dtype=torch.int64, device=device),
         )
 
     @property

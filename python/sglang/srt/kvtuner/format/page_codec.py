@@ -2,7 +2,8 @@
 
 A block is codes, then scales (float16), then zero points (int16), without padding. Where a code lies is layout.py's matter.
 Group parameters are [head_dim / group, page] for axis 0 and [page / group, head_dim] for axis 1: neighbours are what a vector
-of the layout needs. 16 bits are bfloat16 values (any other dtype is rounded to it, half to even) without parameters.
+of the layout needs. 16 bits are bfloat16 values (any other dtype is rounded to it, half to even; NaN is 0x7fc0) without
+parameters.
 
 The same in C++: sgl-kernel/include/sgl_kernel/kvtuner/kv_codec.h.
 """
@@ -22,7 +23,8 @@ def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     x: [..., page_size, head_dim], any float dtype. Returns uint8 [..., block_bytes].
     """
     if not fmt.quantized:
-        return fmt.layout.pack_codes(x.to(torch.bfloat16).contiguous())
+        # How torch rounds NaN depends on the machine.
+        return fmt.layout.pack_codes(x.to(torch.bfloat16).masked_fill(x.isnan(), torch.nan).contiguous())
     if fmt.hadamard:
         x = rotate(x, fmt.hadamard)
     q = quantize(x, nbits=fmt.nbits, asym=fmt.asym, axis=fmt.axis, group_size=fmt.group_size, scale_dtype=SCALE_DTYPE)
@@ -39,6 +41,14 @@ def unpack_pages(blocks: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     codes, scale, zero = split_blocks(blocks, fmt)
     x = dequantize_groups(codes, scale, zero, axis=fmt.axis, group_size=fmt.group_size)
     return rotate(x, fmt.hadamard) if fmt.hadamard else x
+
+
+def has_nonfinite(blocks: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
+    """Which packed blocks, uint8 [..., block_bytes], hold values that are NaN or infinite; bool [...]."""
+    if not fmt.quantized:
+        return ~blocks.contiguous().view(torch.bfloat16).isfinite().all(-1)
+    scales = blocks[..., fmt.code_bytes : fmt.code_bytes + fmt.scale_bytes]
+    return scales.contiguous().view(SCALE_DTYPE).isnan().any(-1)
 
 
 def split_blocks(blocks: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

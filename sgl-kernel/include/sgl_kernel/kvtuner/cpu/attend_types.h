@@ -1,9 +1,13 @@
 // What attention over the packed cache is given, in plain C++: shared by the launcher and the bodies.
+//
+// A body is compiled for an instruction set; what is shared is not. So that no machine runs code for another one, a
+// body includes every shared header before it sets its target (see csrc/kvtuner/cpu/body_*.cpp).
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
-#include "../kv_codec.h"
+#include <sgl_kernel/kvtuner/kv_codec.h>
 
 namespace kvtuner {
 
@@ -23,49 +27,57 @@ struct RowSource {
   }
 };
 
-// One sequence of a step, as the rows of the plan hold it (steps.py, BatchPlan).
-struct Sequence {
-  int64_t slot;        // ring
-  int64_t first;       // its first row in q, new keys and values, and out
-  int64_t fresh;       // rows of the step
-  int64_t prior;       // tokens before the step
-  int64_t packed_end;  // tokens read from pages
-  int64_t page_begin;  // its first entry in the page list
+// Buffers of K or of V in one layer. Position p of the request in a slot has the ring's row slot * ring_length + p %
+// ring_length; the sinks have row page id * sink_length + position.
+struct TensorBuffers {
+  BlockFormat format;
+  uint8_t* pages;  // [pages][kv_heads][block_bytes]
+  RowSource ring, sinks;
+};
 
-  bool is_fresh(int64_t position) const { return position >= prior; }
-  // The row of a token that is not read from pages: among the new ones where it is fresh, else among the rings'.
+struct LayerBuffers {
+  TensorBuffers key, value;
+  int kv_heads, head_dim, page_size, sink_length;
+  int64_t ring_length, num_slots, num_pages;
+  int64_t* nonfinite_blocks;  // blocks packed with an element that is NaN or infinite are added to it
+
+  Dtype dtype() const { return key.ring.dtype; }
+};
+
+// One request in a step: rows [first_row, first_row + query_len) of the batch, after prefix_len tokens, of which those
+// before packed_end are read from pages.
+struct RequestStep {
+  int64_t slot, first_row, query_len, prefix_len, packed_end;
+  const int32_t* pages;  // ids of all its whole pages
+
+  int64_t end() const { return prefix_len + query_len; }
+  bool is_query(int64_t position) const { return position >= prefix_len; }
+  // The row of a token that is not read from pages: among the step's own where it is a query's, else among the rings'.
   int64_t row_of(int64_t position, int64_t ring_length) const {
-    return is_fresh(position) ? first + position - prior : slot * ring_length + position % ring_length;
+    return is_query(position) ? first_row + position - prefix_len : slot * ring_length + position % ring_length;
   }
 };
 
-// rings have slot * ring_slot_rows + position % ring_length as row.
 struct AttendCall {
-  RowSource q, k_new, v_new, k_ring, v_ring;
+  const LayerBuffers& layer;
+  const RequestStep* requests;
+  RowSource q, k, v;  // the step's own
   void* out;
   int64_t out_row_stride, out_head_stride;
-  const uint8_t *k_pages, *v_pages;
-  BlockFormat key, value;
-  const Sequence* sequences;
-  const int32_t* pages;
-  int64_t ring_length;
-  int kv_heads, group, head_dim;
+  int group;  // query heads of a KV head
   float scaling;
-  // Full-precision rows of the first `sinks` tokens of a sequence, which hide those of its first page: row
-  // page id * sinks + position.
-  RowSource k_sinks, v_sinks;
-  int sinks;
 };
 
-constexpr int kTailTokens = 64;
+// Tokens of a tile of full-precision rows.
+constexpr int kTileTokens = 64;
 
-// A share of the work: some queries of one sequence and KV head, over some units of its keys. Units are pages of the
-// packed prefix, then tiles of kTailTokens of what follows. partial: where to leave an unfinished result, or null.
+// A share of the work: some queries of one request and KV head, over some units of its keys. Units are pages of the
+// packed prefix, then tiles of kTileTokens of what follows. partial: where to leave an unfinished result, or null.
 struct WorkItem {
-  int sequence, kv_head;
+  int request, kv_head;
   int64_t token_begin, token_end;
   int64_t unit_begin, unit_end;
-  float* partial;  // [rows][head_dim], then [rows] maxima and [rows] sums
+  float* partial;  // [rows][head_dim], then [rows] running maxima and [rows] running sums
 };
 
 struct Body {
@@ -73,15 +85,16 @@ struct Body {
   bool (*supported)();
   int64_t (*scratch_bytes)(const AttendCall&);
   void (*attend)(const AttendCall&, const WorkItem&, void* scratch);
-  // rows [page][head_dim] of floats, which may be overwritten, to a block; codes: scratch of page * head_dim bytes.
-  void (*pack)(const BlockFormat&, float* rows, uint8_t* block, uint8_t* codes);
+  // rows [page_size][head_dim] of floats, which may be overwritten, to a block; codes: scratch of page_size * head_dim
+  // bytes. Whether all that was packed is finite.
+  bool (*pack_page)(const BlockFormat&, float* rows, uint8_t* block, uint8_t* codes);
   void (*load_rows)(Dtype, const void* from, int64_t count, float* to);
 };
 
 extern const Body kAvx512Body, kAvx2Body, kPlainBody;
 
-inline int64_t units_of(const Sequence& s, int64_t token_end, int page) {
-  return s.packed_end / page + (s.prior + token_end - s.packed_end + kTailTokens - 1) / kTailTokens;
+inline int64_t units_of(const RequestStep& s, int64_t token_end, int page_size) {
+  return s.packed_end / page_size + (s.prefix_len + token_end - s.packed_end + kTileTokens - 1) / kTileTokens;
 }
 
 // Queries of one item: as many tokens as give about 96 rows, so that a tile turned or unpacked serves many of them.

@@ -1,31 +1,38 @@
-// Rows times packed blocks. Included once per body, after block_rows.h.
+// Rows times packed blocks.
+#pragma once
+
+#include <sgl_kernel/kvtuner/cpu/block_product.h>
+#include <sgl_kernel/kvtuner/cpu/quantized_rows.h>
+
+namespace kvtuner::KVTUNER_ISA {
+namespace {
 
 template <int BITS>
-inline void multiply_codes(const BlockShape& f, const uint8_t* const* blocks, int count, const Left& left, int copy,
-                           int rows, float* out, int out_stride, bool accumulate, Fetch& fetch) {
-  const int64_t a_stride = (int64_t)left.copies * left.length;
+inline void multiply_codes(const BlockShape& f, const uint8_t* const* blocks, int count, const QuantizedRows& quantized,
+                           int copy, int rows, float* out, int out_stride, bool accumulate, Fetch& fetch) {
+  const int64_t a_stride = (int64_t)quantized.copies * quantized.length;
   if (!f.reduction_groups) {
     for (int g = 0; g < f.groups; ++g) {
       const int at = copy + g;
       const CodeProduct product{blocks,
                                 count,
-                                (int64_t)g * f.group / kLanes * kVectorBytes,
+                                (int64_t)g * f.group_size * kWordBytes,
                                 f.step,
                                 f.vectors,
-                                left.element + (int64_t)at * left.length,
+                                quantized.element + (int64_t)at * quantized.length,
                                 a_stride,
-                                left.scale + at,
-                                left.extra + at,
-                                left.copies,
+                                quantized.scale + at,
+                                quantized.extra + at,
+                                quantized.copies,
                                 nullptr,
                                 nullptr,
                                 0,
                                 nullptr,
                                 nullptr,
-                                out + g * f.group,
+                                out + g * f.group_size,
                                 out_stride,
                                 accumulate};
-      cover(rows, f.group / kLanes, CodeTiles<BITS, false>{product, fetch});
+      cover(rows, f.group_size / kLanes, CodeTiles<BITS, false>{product, fetch});
     }
     return;
   }
@@ -38,14 +45,14 @@ inline void multiply_codes(const BlockShape& f, const uint8_t* const* blocks, in
                                 (int64_t)g * f.group_vectors * f.step,
                                 f.step,
                                 f.group_vectors,
-                                left.element + (int64_t)row * left.length + g * f.group,
+                                quantized.element + (int64_t)row * quantized.length + g * f.group_size,
                                 a_stride,
-                                left.scale + row,
+                                quantized.scale + row,
                                 nullptr,
-                                left.copies,
-                                left.sum + sum,
-                                left.exact + sum,
-                                left.copies * f.groups,
+                                quantized.copies,
+                                quantized.sum + sum,
+                                quantized.exact + sum,
+                                quantized.copies * f.groups,
                                 scales + at,
                                 f.asym ? zeros + at : nullptr,
                                 out,
@@ -56,18 +63,22 @@ inline void multiply_codes(const BlockShape& f, const uint8_t* const* blocks, in
   }
 }
 
-// out[rows][lanes] = or += rows times `count` blocks, whose reductions follow one another. left: from its copy `copy`
-// on, the rows made ready for these blocks; a: the same as floats.
+// out[rows][lanes] = or += rows times `count` blocks, whose reductions follow one another. quantized: from its copy
+// `copy` on, the rows made ready for these blocks; a: the same as floats.
 inline void multiply(const BlockShape& f, const uint8_t* const* blocks, int count, const float* a, int a_stride,
-                     const Left& left, int copy, int rows, float* out, int out_stride, bool accumulate, Fetch& fetch) {
-  switch (f.bits) {
+                     const QuantizedRows& quantized, int copy, int rows, float* out, int out_stride, bool accumulate,
+                     Fetch& fetch) {
+  switch (f.nbits) {
     case 2:
-      return multiply_codes<2>(f, blocks, count, left, copy, rows, out, out_stride, accumulate, fetch);
+      return multiply_codes<2>(f, blocks, count, quantized, copy, rows, out, out_stride, accumulate, fetch);
     case 4:
-      return multiply_codes<4>(f, blocks, count, left, copy, rows, out, out_stride, accumulate, fetch);
+      return multiply_codes<4>(f, blocks, count, quantized, copy, rows, out, out_stride, accumulate, fetch);
     case 8:
-      return multiply_codes<8>(f, blocks, count, left, copy, rows, out, out_stride, accumulate, fetch);
+      return multiply_codes<8>(f, blocks, count, quantized, copy, rows, out, out_stride, accumulate, fetch);
   }
   const FloatProduct product{blocks, count, f.step, f.vectors, a, a_stride, out, out_stride, accumulate};
   cover(rows, f.lanes / kLanes, FloatTiles<16>{product, fetch});
 }
+
+}  // namespace
+}  // namespace kvtuner::KVTUNER_ISA

@@ -1,8 +1,14 @@
 // Tiles of out[rows][lanes] (+)= a[rows][reduction] * x[reduction][lanes], x in packed blocks that are never
-// dequantized; of several blocks the reductions follow one another. Included once per body, after tile_loops.h.
+// dequantized; of several blocks the reductions follow one another.
 //
 // Rows of `a` are int16 with a scale of their own (relative error about 2^-16, where int8 would cost 1e-2 and bfloat16
 // 4e-3); products with codes accumulate exactly in int32.
+#pragma once
+
+#include <sgl_kernel/kvtuner/cpu/tile_loops.h>
+
+namespace kvtuner::KVTUNER_ISA {
+namespace {
 
 // Rows times codes, with what is to be done with the sums. Scales along the lanes: lane_scale * (row_scale * (sum +
 // row_sum)
@@ -191,3 +197,6 @@ KVTUNER_INLINE void cover(int rows, int vectors, const Tile& tile) {
     row += now;
   }
 }
+
+}  // namespace
+}  // namespace kvtuner::KVTUNER_ISA

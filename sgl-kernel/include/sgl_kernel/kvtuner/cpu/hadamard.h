@@ -1,7 +1,13 @@
 // The rotation of keys and queries along head_dim: an orthonormal Walsh-Hadamard transform of every `block` neighbours
-// (a power of two). Included once per body; the loops vectorize by themselves.
+// (a power of two). The loops vectorize by themselves.
 //
 // The reference in torch is hadamard.py; both add in the same order, so that packed bytes are equal.
+#pragma once
+
+#include <sgl_kernel/kvtuner/cpu/simd.h>
+
+namespace kvtuner::KVTUNER_ISA {
+namespace {
 
 // Sends the sum and the difference of the pair (2 i, 2 i + 1) to i and i + half: the pairs are neighbours in every
 // pass, and all passes together bring each element back to its place.
@@ -26,3 +32,6 @@ inline void rotate_row(float* x, int count, int block, float* spare) {
     for (int i = 0; i < block; ++i) x[at + i] = from[i] * scale;
   }
 }
+
+}  // namespace
+}  // namespace kvtuner::KVTUNER_ISA

@@ -1,7 +1,18 @@
 // Sixteen lanes in two AVX2 registers (with FMA and F16C); names as in simd_plain.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include <sgl_kernel/kvtuner/kv_codec.h>
+
+namespace kvtuner::avx2 {
+namespace {
 
 constexpr int kMaxVectors = 1;
 constexpr int kMaxRows = 4;
+constexpr bool kLanesInRegisters = true;
 
 struct F {
   __m256 a, b;
@@ -19,6 +30,7 @@ inline F f_mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y
 inline F f_div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline F f_fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline F f_max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F f_min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F f_abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
@@ -28,6 +40,23 @@ inline float f_hmax(F x) {
   __m128 n = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
   n = _mm_max_ps(n, _mm_movehl_ps(n, n));
   return _mm_cvtss_f32(_mm_max_ss(n, _mm_movehdup_ps(n)));
+}
+inline float f_hmin(F x) {
+  const __m256 m = _mm256_min_ps(x.a, x.b);
+  __m128 n = _mm_min_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  n = _mm_min_ps(n, _mm_movehl_ps(n, n));
+  return _mm_cvtss_f32(_mm_min_ss(n, _mm_movehdup_ps(n)));
+}
+inline __m256 peak(__m256 x, __m256 y) {
+  return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+}
+inline F f_peak(F x, F y) { return {peak(x.a, y.a), peak(x.b, y.b)}; }
+inline float f_hpeak(F x) {
+  const __m256i m = _mm256_castps_si256(peak(x.a, x.b));
+  __m128i n = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  n = _mm_max_epu32(n, _mm_shuffle_epi32(n, 0x4e));
+  n = _mm_max_epu32(n, _mm_shuffle_epi32(n, 0xb1));
+  return float_of((uint32_t)_mm_cvtsi128_si32(n));
 }
 inline float f_hsum(F x) {
   const __m256 m = _mm256_add_ps(x.a, x.b);
@@ -57,7 +86,7 @@ inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b
 inline I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline F as_float(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 inline I as_int(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
-inline F f_exponent(F x) { return f_max(x, f_set(-100.f)); }
+inline F f_exponent(F x) { return f_max(f_set(-100.f), x); }
 inline F f_round(F x) {
   constexpr int how = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, how), _mm256_round_ps(x.b, how)};
@@ -93,10 +122,10 @@ inline F f_hsum_each(const F* x) {
   for (int i = 0; i < 16; ++i) sums[i] = f_hsum(x[i]);
   return f_load(sums);
 }
-inline F f_hmax_each(const F* x) {
-  float most[16];
-  for (int i = 0; i < 16; ++i) most[i] = f_hmax(x[i]);
-  return f_load(most);
+inline F f_hpeak_each(const F* x) {
+  float peaks[16];
+  for (int i = 0; i < 16; ++i) peaks[i] = f_hpeak(x[i]);
+  return f_load(peaks);
 }
 
 // to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
@@ -104,3 +133,6 @@ inline void transpose16(const float* from, int from_stride, float* to, int to_st
   for (int c = 0; c < 16; ++c)
     for (int r = 0; r < 16; ++r) to[c * to_stride + r] = from[r * from_stride + c];
 }
+
+}  // namespace
+}  // namespace kvtuner::avx2

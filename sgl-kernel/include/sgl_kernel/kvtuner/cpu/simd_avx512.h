@@ -1,7 +1,18 @@
 // Sixteen lanes in one AVX-512 register (F, BW, VL, DQ, VNNI); names as in simd_plain.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include <sgl_kernel/kvtuner/kv_codec.h>
+
+namespace kvtuner::avx512 {
+namespace {
 
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 5;
+constexpr bool kLanesInRegisters = true;
 
 using F = __m512;
 using I = __m512i;
@@ -15,8 +26,14 @@ inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
 inline float f_hmax(F a) { return _mm512_reduce_max_ps(a); }
+inline float f_hmin(F a) { return _mm512_reduce_min_ps(a); }
+inline F f_peak(F a, F b) {
+  return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+inline float f_hpeak(F a) { return float_of(_mm512_reduce_max_epu32(_mm512_castps_si512(a))); }
 inline float f_hsum(F a) { return _mm512_reduce_add_ps(a); }
 
 inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
@@ -81,8 +98,8 @@ inline F f_each(const F* x, const Combine& f) {
 inline F f_hsum_each(const F* x) {
   return f_each(x, [](F a, F b) { return f_add(a, b); });
 }
-inline F f_hmax_each(const F* x) {
-  return f_each(x, [](F a, F b) { return f_max(a, b); });
+inline F f_hpeak_each(const F* x) {
+  return f_each(x, [](F a, F b) { return f_peak(a, b); });
 }
 
 // to[column * to_stride + row] = from[row * from_stride + column] for 16 rows and columns.
@@ -112,3 +129,6 @@ inline void transpose16(const float* from, int from_stride, float* to, int to_st
     f_store(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(b, e, 0xdd));
   }
 }
+
+}  // namespace
+}  // namespace kvtuner::avx512

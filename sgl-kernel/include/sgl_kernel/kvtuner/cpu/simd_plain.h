@@ -1,9 +1,19 @@
-// Sixteen lanes in plain C++; the same names in simd_avx2.h and simd_avx512.h. Included once per body, in its
-// namespace.
+// Sixteen lanes in plain C++; the same names in simd_avx2.h and simd_avx512.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include <sgl_kernel/kvtuner/kv_codec.h>
+
+namespace kvtuner::plain {
+namespace {
 
 // A tile of the products takes up to this many vectors of lanes and rows side by side.
 constexpr int kMaxVectors = 1;
 constexpr int kMaxRows = 4;
+// Whether sixteen lanes are kept in registers, so that vectors pay for sums over a few of them too.
+constexpr bool kLanesInRegisters = false;
 
 struct F {
   float v[16];
@@ -49,13 +59,32 @@ inline F f_max(F a, F b) {
   KVTUNER_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return a;
 }
+inline F f_min(F a, F b) {
+  KVTUNER_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
 inline F f_abs(F a) {
-  KVTUNER_EACH a.v[i] = a.v[i] < 0 ? -a.v[i] : a.v[i];
+  KVTUNER_EACH a.v[i] = float_of(bits_of(a.v[i]) & 0x7fffffff);
   return a;
 }
 inline float f_hmax(F a) {
   float m = a.v[0];
   KVTUNER_EACH m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+inline float f_hmin(F a) {
+  float m = a.v[0];
+  KVTUNER_EACH m = a.v[i] < m ? a.v[i] : m;
+  return m;
+}
+// The larger of two values that are not negative. NaN is larger than all others, where f_max may lose it.
+inline F f_peak(F a, F b) {
+  KVTUNER_EACH a.v[i] = bits_of(a.v[i]) > bits_of(b.v[i]) ? a.v[i] : b.v[i];
+  return a;
+}
+inline float f_hpeak(F a) {
+  float m = a.v[0];
+  KVTUNER_EACH m = bits_of(a.v[i]) > bits_of(m) ? a.v[i] : m;
   return m;
 }
 inline float f_hsum(F a) {
@@ -106,7 +135,7 @@ inline F to_float(I a) {
 // Nearest even; |a| below 2^22.
 inline I to_int(F a) {
   I r;
-  KVTUNER_EACH r.v[i] = (int32_t)round_even(a.v[i]);
+  KVTUNER_EACH r.v[i] = (int32_t)(bits_of(a.v[i] + kRounder) - kRounderBits);
   return r;
 }
 inline F as_float(I a) {
@@ -119,14 +148,18 @@ inline I as_int(F a) {
   memcpy(r.v, a.v, 64);
   return r;
 }
-// x as f_round and f_times_exp2 take it, which need not work below -100.
-inline F f_exponent(F x) { return f_max(x, f_set(-100.f)); }
+// x as f_round and f_times_exp2 take it, which need not work below -100. NaN stays NaN.
+inline F f_exponent(F x) { return f_max(f_set(-100.f), x); }
 inline F f_round(F x) {
   KVTUNER_EACH x.v[i] = round_even(x.v[i]);
   return x;
 }
-// x * 2^n for a whole n.
-inline F f_times_exp2(F x, F n) { return as_float(i_add(as_int(x), i_shl<23>(to_int(n)))); }
+// x * 2^n for a whole n; NaN where they are.
+inline F f_times_exp2(F x, F n) {
+  const F y = as_float(i_add(as_int(x), i_shl<23>(to_int(n))));
+  KVTUNER_EACH x.v[i] = x.v[i] == x.v[i] ? y.v[i] : x.v[i];
+  return x;
+}
 inline void store_int16(int16_t* p, I a) { KVTUNER_EACH p[i] = (int16_t)a.v[i]; }
 // Stores 32 int16, roundings of a * factor and b * factor, and returns the sums of lanes.
 inline I store_rounded(int16_t* p, F a, F b, F factor) {
@@ -162,15 +195,15 @@ inline F load_half(const void* p) {
   return r;
 }
 
-// Lane i of the result is the sum, or maximum, over the lanes of x[i].
+// Lane i of the result is the sum, or peak, over the lanes of x[i].
 inline F f_hsum_each(const F* x) {
   F r;
   KVTUNER_EACH r.v[i] = f_hsum(x[i]);
   return r;
 }
-inline F f_hmax_each(const F* x) {
+inline F f_hpeak_each(const F* x) {
   F r;
-  KVTUNER_EACH r.v[i] = f_hmax(x[i]);
+  KVTUNER_EACH r.v[i] = f_hpeak(x[i]);
   return r;
 }
 
@@ -181,3 +214,6 @@ inline void transpose16(const float* from, int from_stride, float* to, int to_st
 }
 
 #undef KVTUNER_EACH
+
+}  // namespace
+}  // namespace kvtuner::plain

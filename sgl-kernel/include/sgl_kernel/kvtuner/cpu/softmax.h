@@ -1,4 +1,10 @@
-// Online softmax of rows of scores, in units of log 2. Included once per body, after a simd_*.h.
+// Online softmax of rows of scores, in units of log 2.
+#pragma once
+
+#include <sgl_kernel/kvtuner/cpu/tile_loops.h>
+
+namespace kvtuner::KVTUNER_ISA {
+namespace {
 
 // 2^x for x <= 0, relative error 3e-6; below -100 next to nothing. The polynomial is for what is left of x beside the
 // nearest whole number, from -1/2 to 1/2.
@@ -13,50 +19,54 @@ KVTUNER_INLINE F f_exp2(F x) {
   return f_times_exp2(y, whole);
 }
 
-struct State {
+// The softmax over the keys so far, with the result of its products with values (FlashAttention, NeurIPS 2022, 3.1).
+struct RunningSoftmax {
   int rows, head_dim;
-  float *acc, *most, *sums;  // [rows][head_dim], [rows], [rows][kLanes]: lanes of a sum, added up at the end
+  float *result, *running_max, *running_sum;  // [rows][head_dim], [rows], [rows][kLanes]: lanes, added up at the end
 
-  float sum(int r) const { return f_hsum(f_load(sums + r * kLanes)); }
+  float sum(int r) const { return f_hsum(f_load(running_sum + r * kLanes)); }
 };
 
 constexpr float kNothing = -1e30f;
 
-// The maximum of a row with these scores; the state, and the lanes of its sum, are rescaled where it rose.
-inline F raise_maximum(State& st, int r, const float* s, int count, F& total) {
+// The maximum of a row with these scores; the running sum and result are rescaled where it rose.
+inline F raise_maximum(RunningSoftmax& softmax, int r, const float* s, int count, F& total) {
   F m = f_load(s);
   for (int i = 16; i < count; i += 16) m = f_max(m, f_load(s + i));
-  const float most = f_hmax(m);
-  total = f_load(st.sums + r * kLanes);
-  if (most > st.most[r]) {
-    float* acc = st.acc + (int64_t)r * st.head_dim;
-    const F factor = f_exp2(f_set(st.most[r] - most));
-    for (int i = 0; i < st.head_dim; i += 16) f_store(acc + i, f_mul(f_load(acc + i), factor));
+  const float highest = f_hmax(m);
+  total = f_load(softmax.running_sum + r * kLanes);
+  if (highest > softmax.running_max[r]) {
+    float* result = softmax.result + (int64_t)r * softmax.head_dim;
+    const F factor = f_exp2(f_set(softmax.running_max[r] - highest));
+    for (int i = 0; i < softmax.head_dim; i += 16) f_store(result + i, f_mul(f_load(result + i), factor));
     total = f_mul(total, factor);
-    st.most[r] = most;
+    softmax.running_max[r] = highest;
   }
-  return f_set(st.most[r]);
+  return f_set(softmax.running_max[r]);
 }
 
 // Scores to probabilities relative to the maximum, in place.
-inline void exponentials(float* s, int count, F most, F& total) {
+inline void exponentials(float* s, int count, F maximum, F& total) {
   usual_count(count, [&](int count) KVTUNER_INLINE_LAMBDA {
     for (int i = 0; i < count; i += kLanes) {
-      const F p = f_exp2(f_sub(f_load(s + i), most));
+      const F p = f_exp2(f_sub(f_load(s + i), maximum));
       f_store(s + i, p);
       total = f_add(total, p);
     }
   });
 }
 
-// Scores to probabilities relative to the row's new maximum, in place; the state is brought up to date. Fetches a step
-// for every `chunk` of them.
-inline void softmax_row(State& st, int r, float* s, int count, int chunk, Fetch& fetch) {
+// Scores to probabilities relative to the row's new maximum, in place; the running softmax is brought up to date.
+// Fetches a step for every `chunk` of them.
+inline void softmax_row(RunningSoftmax& softmax, int r, float* s, int count, int chunk, Fetch& fetch) {
   F total;
-  const F most = raise_maximum(st, r, s, count, total);
+  const F maximum = raise_maximum(softmax, r, s, count, total);
   for (int i = 0; i < count; i += chunk) {
     fetch.step();
-    exponentials(s + i, count - i < chunk ? count - i : chunk, most, total);
+    exponentials(s + i, count - i < chunk ? count - i : chunk, maximum, total);
   }
-  f_store(st.sums + r * kLanes, total);
+  f_store(softmax.running_sum + r * kLanes, total);
 }
+
+}  // namespace
+}  // namespace kvtuner::KVTUNER_ISA

@@ -1,4 +1,11 @@
-// What the loops of tiles share: unrolling, and fetching ahead. Included once per body, after a simd_*.h.
+// What the loops of tiles share: unrolling, and fetching ahead.
+#pragma once
+
+#include <sgl_kernel/kvtuner/kv_codec.h>
+#include <sgl_kernel/kvtuner/cpu/simd.h>
+
+namespace kvtuner::KVTUNER_ISA {
+namespace {
 
 // Loops over accumulators must be unrolled for them to stay in registers.
 #define KVTUNER_UNROLL _Pragma("GCC unroll 16")
@@ -76,3 +83,6 @@ KVTUNER_INLINE void each_plane(const Function& f) {
   if constexpr (COUNT > 1) each_plane<COUNT - 1>(f);
   f(Constant<COUNT - 1>{});
 }
+
+}  // namespace
+}  // namespace kvtuner::KVTUNER_ISA

@@ -1,9 +1,14 @@
 // Rows made ready for products with packed blocks: int16, with the scales folded in that lie along the reduction.
-// Included once per body, after block_product.h.
 //
 // Groups along the lanes have a scale per element of the reduction: it is folded into the rows, anew for each group of
 // each block, and zero points and the codes' offset add one term per row. Groups along the reduction have a scale per
 // lane: it multiplies the sums after, and the rows serve every block.
+#pragma once
+
+#include <sgl_kernel/kvtuner/cpu/tile_loops.h>
+
+namespace kvtuner::KVTUNER_ISA {
+namespace {
 
 // Largest int16 with which a sum over `width` products cannot leave int32.
 inline float int16_limit(int bits, int width) {
@@ -13,29 +18,29 @@ inline float int16_limit(int bits, int width) {
 
 // What the loops need of a format, worked out once per work item.
 struct BlockShape {
-  int bits, group, lanes, reduction, groups;
+  int nbits, group_size, lanes, reduction, groups;
   bool asym, reduction_groups;
   int code_bytes, scale_bytes, bytes;
   int step;                    // bytes from one vector of the reduction to the next
   int vectors, group_vectors;  // of the reduction, and of a group along it
 
   explicit BlockShape(const BlockFormat& f)
-      : bits(f.bits),
-        group(f.group),
+      : nbits(f.nbits),
+        group_size(f.group_size),
         lanes(f.lanes()),
         reduction(f.reduction()),
-        groups(f.bits == 16 ? 1 : f.groups()),
+        groups(f.nbits == 16 ? 1 : f.groups()),
         asym(f.asym),
         reduction_groups(f.reduction_groups()),
         code_bytes(f.code_bytes()),
         scale_bytes(f.scale_bytes()),
         bytes(f.block_bytes()),
-        step(lanes / kLanes * kVectorBytes),
+        step(f.vector_stride()),
         vectors(reduction / f.span()),
-        group_vectors(group / f.span()) {}
+        group_vectors(group_size / f.span()) {}
 
-  bool lane_groups() const { return bits != 16 && !reduction_groups; }
-  int offset() const { return 1 << (bits - 1); }
+  bool lane_groups() const { return nbits != 16 && !reduction_groups; }
+  int offset() const { return 1 << (nbits - 1); }
   int code_lines() const { return code_bytes / kVectorBytes; }
   int lines() const { return (bytes + kVectorBytes - 1) / kVectorBytes; }
   // Steps of fetching in a product of `rows` rows with a block.
@@ -45,7 +50,7 @@ struct BlockShape {
 };
 
 // Rows as blocks take them: value = element * scale.
-struct Left {
+struct QuantizedRows {
   int16_t* element;  // [rows][copies][length]
   float* scale;      // [rows][copies]
   float* extra;      // [rows][copies]: products with zero points and offset; of groups along the lanes
@@ -56,7 +61,7 @@ struct Left {
 
   // Stores of 16 may pass the end of scale and extra.
   template <class Carve>
-  static Left carve(Carve& memory, const BlockShape& f, int rows, int copies, int length) {
+  static QuantizedRows carve(Carve& memory, const BlockShape& f, int rows, int copies, int length) {
     const int all = copies * rows, sums = f.reduction_groups ? all * f.groups : 0;
     return {memory.template take<int16_t>((int64_t)all * length),
             memory.template take<float>(all + kLanes),
@@ -67,8 +72,8 @@ struct Left {
             length};
   }
 
-  Left shaped(int copies, int length) const {
-    Left other = *this;
+  QuantizedRows shaped(int copies, int length) const {
+    QuantizedRows other = *this;
     other.copies = copies, other.length = length;
     return other;
   }
@@ -114,23 +119,24 @@ KVTUNER_INLINE I quantize_row(const float* row, int count, float factor, int16_t
 }
 
 // Rows for blocks with groups along the reduction, which are not looked at.
-inline void quantize_rows(const BlockShape& f, const float* a, int stride, int rows, const Left& to, int copy) {
-  const float limit = int16_limit(f.bits, f.group);
+inline void quantize_rows(const BlockShape& f, const float* a, int stride, int rows, const QuantizedRows& to,
+                          int copy) {
+  const float limit = int16_limit(f.nbits, f.group_size);
   for (int r = 0; r < rows; ++r) {
     const float* row = a + (int64_t)r * stride;
     const int at = r * to.copies + copy;
     int16_t* element = to.element + (int64_t)at * to.length;
-    F most = f_set(kSmallest);
-    for (int i = 0; i < f.reduction; i += kLanes) most = f_max(most, f_abs(f_load(row + i)));
-    const float largest = f_hmax(most);
+    F max_abs = f_set(kSmallest);
+    for (int i = 0; i < f.reduction; i += kLanes) max_abs = f_peak(max_abs, f_abs(f_load(row + i)));
+    const float largest = f_hpeak(max_abs);
     to.scale[at] = largest / limit;
     quantize_row(row, f.reduction, limit / largest, element);
     for (int g = 0; g < f.groups; ++g) {
       int32_t sum = 0;
-      for (int i = g * f.group; i < (g + 1) * f.group; ++i) sum += element[i];
+      for (int i = g * f.group_size; i < (g + 1) * f.group_size; ++i) sum += element[i];
       to.sum[at * f.groups + g] = -f.offset() * sum;
       float exact = 0.f;
-      for (int i = g * f.group; f.asym && i < (g + 1) * f.group; ++i) exact += row[i];
+      for (int i = g * f.group_size; f.asym && i < (g + 1) * f.group_size; ++i) exact += row[i];
       if (f.asym) to.exact[at * f.groups + g] = exact;
     }
   }
@@ -142,12 +148,12 @@ inline void quantize_rows(const BlockShape& f, const float* a, int stride, int r
 class Folding {
  public:
   // spare: [2][kLanes][length of rows], or null where rows are at places of their own.
-  Folding(const BlockShape& f, float* spare, const Left& to, Fetch& fetch)
-      : f_(f), spare_(spare), to_(to), fetch_(fetch), limit_(int16_limit(f.bits, to.length)) {}
+  Folding(const BlockShape& f, float* spare, const QuantizedRows& to, Fetch& fetch)
+      : f_(f), spare_(spare), to_(to), fetch_(fetch), limit_(int16_limit(f.nbits, to.length)) {}
 
   // A row, the largest magnitudes in it, and lanes of the sum of its products with zero points.
-  KVTUNER_INLINE void push(const float* row, F most, F product) {
-    row_[half_][pending_] = row, most_[pending_] = most, product_[pending_] = product;
+  KVTUNER_INLINE void push(const float* row, F max_abs, F product) {
+    row_[half_][pending_] = row, max_abs_[pending_] = max_abs, product_[pending_] = product;
     if (++pending_ == kLanes) turn();
   }
 
@@ -168,19 +174,19 @@ class Folding {
   template <bool ASYM>
   KVTUNER_INLINE void fold(const float* row, const float* scales, const float* zeros) {
     float* y = spare_ + (half_ * kLanes + pending_) * to_.length;
-    F most = f_set(0.f), product = f_set(0.f);
+    F max_abs = f_set(0.f), product = f_set(0.f);
     for (int i = 0; i < to_.length; i += kLanes) {
       const F v = f_mul(f_load(row + i), f_load(scales + i));
       f_store(y + i, v);
-      most = f_max(most, f_abs(v));
+      max_abs = f_peak(max_abs, f_abs(v));
       if (ASYM) product = f_fma(v, f_load(zeros + i), product);
     }
-    push(y, most, product);
+    push(y, max_abs, product);
   }
 
   void turn() {
-    for (int r = pending_; r < kLanes; ++r) most_[r] = product_[r] = f_set(0.f);
-    const F largest = f_max(f_hmax_each(most_), f_set(kSmallest));
+    for (int r = pending_; r < kLanes; ++r) max_abs_[r] = product_[r] = f_set(0.f);
+    const F largest = f_peak(f_hpeak_each(max_abs_), f_set(kSmallest));
     f_store(inverse_[half_], f_div(f_set(limit_), largest));
     f_store(to_.scale + known_, f_mul(largest, f_set(1.f / limit_)));
     if (f_.asym) f_store(to_.extra + known_, f_hsum_each(product_));
@@ -207,10 +213,10 @@ class Folding {
 
   const BlockShape& f_;
   float* spare_;
-  const Left& to_;
+  const QuantizedRows& to_;
   Fetch& fetch_;
   float limit_;
-  F most_[kLanes], product_[kLanes];
+  F max_abs_[kLanes], product_[kLanes];
   const float* row_[2][kLanes];
   float inverse_[2][kLanes];
   int half_ = 0, pending_ = 0;  // the rows that no factor is known of yet
@@ -220,8 +226,8 @@ class Folding {
 // Makes rows ready for every one of `count` blocks, copies by block, then group. For groups along the reduction blocks
 // are not looked at, and one copy serves them all. spare: [2][kLanes][reduction].
 inline void prepare(const BlockShape& f, const uint8_t* const* blocks, int count, const float* a, int stride, int rows,
-                    const Parameters& parameters, float* spare, const Left& to) {
-  if (f.bits == 16) return;
+                    const Parameters& parameters, float* spare, const QuantizedRows& to) {
+  if (f.nbits == 16) return;
   if (f.reduction_groups) return quantize_rows(f, a, stride, rows, to, 0);
   parameters.load(f, blocks, count);
   Fetch none;
@@ -232,3 +238,6 @@ inline void prepare(const BlockShape& f, const uint8_t* const* blocks, int count
         folding.fold(a + (int64_t)r * stride, parameters, (g * count + j) * f.reduction);
   folding.finish();
 }
+
+}  // namespace
+}  // namespace kvtuner::KVTUNER_ISA

@@ -1,0 +1,16 @@
+"""The kernels that the tests of this folder run on."""
+
+import pytest
+
+from harness.kernels import IMPLEMENTATIONS, cpu_kernels
+from sglang.srt.kvtuner.attention.cpu import CpuKernels
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def kernels(request):
+    """An implementation, with the environment that chooses it."""
+    found, environment = IMPLEMENTATIONS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield cpu_kernels() if found is CpuKernels else found
