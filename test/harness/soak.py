@@ -1,0 +1,101 @@
+"""Soaks: upstream's scheduler under random traffic, with everything that the cache returns compared at every step.
+
+Each runs in a process of its own, forked from one that has imported what they need; that one is spawned, for a process that
+has used threads must not fork.
+"""
+
+import faulthandler
+import gc
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import serverctl
+from harness.soak_model import CONTEXT, soak_checkpoint
+
+PAGE = 16
+
+# A cache so small that requests are retracted, and pages so small that they fill often.
+FLAGS = (
+    *("--device", "cpu", "--skip-tokenizer-init", "--random-seed", "0", "--enable-kvtuner-quant"),
+    *("--context-length", str(CONTEXT), "--max-total-tokens", "1024", "--max-running-requests", "8"),
+    *("--page-size", str(PAGE), "--kvtuner-q-group-size", str(PAGE), "--chunked-prefill-size", "64"),
+    *("--schedule-conservativeness", "0", "--log-level", "error"),
+)
+LIMIT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One soak.
+
+    options: flags beside FLAGS, over which they win. tokens: how many to compare, at least. clients: requests under way at a
+    time. longest_prompt: tokens. aborts, samples: chance of an abort per step, and of a request for several samples.
+    priorities: requests have one. test_retract: upstream's SGLANG_TEST_RETRACT. kernels: value of SGLANG_KVTUNER_KERNELS.
+    fault: called in the process of the soak before anything else, to break the product (soak_faults.py).
+    """
+
+    options: tuple = ()
+    tokens: int = 100_000
+    clients: int = 12
+    longest_prompt: int = CONTEXT // 2
+    aborts: float = 0.02
+    samples: float = 0.2
+    priorities: bool = False
+    test_retract: bool = False
+    kernels: str = "auto"
+    fault: Callable | None = None
+    seed: int = 0
+
+    @property
+    def flags(self):
+        return (*FLAGS, *self.options)
+
+
+@contextmanager
+def soak_processes():
+    """Yields a function that runs a Scenario in a process of its own and returns or raises as soak_scheduler.soak does."""
+    checkpoint = soak_checkpoint()
+    spawn = multiprocessing.get_context("spawn")
+    with TemporaryDirectory() as temporary:  # upstream leaves files behind
+        changes = {
+            "OMP_NUM_THREADS": "1",
+            "SGLANG_CPU_OMP_THREADS_BIND": None,
+            "TMPDIR": temporary,
+            # Requests are admitted as if they asked for few tokens, so that the pool gets full while they run.
+            "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8",
+        }
+        environment = serverctl.server_environment(extra=changes)
+        with mock.patch.dict(os.environ, environment, clear=True), ProcessPoolExecutor(1, spawn, _load) as pool:
+            yield lambda scenario: pool.submit(_fork, scenario, checkpoint).result()
+
+
+def _load():
+    """Import what every soak needs, which takes far longer than a soak: a fork has it at once."""
+    logging.disable(logging.WARNING)  # upstream names the models that it cannot load
+    from harness import soak_scheduler  # noqa: F401
+    from sglang.srt.models import registry  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # upstream collects garbage often
+
+
+def _fork(scenario, checkpoint):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_run, scenario, checkpoint).result()
+
+
+def _run(scenario, checkpoint):
+    from harness.soak_scheduler import soak
+
+    faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)
+    os.environ["SGLANG_KVTUNER_KERNELS"] = scenario.kernels
+    if scenario.fault is not None:
+        scenario.fault()
+    return soak(scenario, checkpoint)
