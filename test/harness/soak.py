@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-import serverctl
+import launcher
 from harness.soak_model import CONTEXT, soak_checkpoint
 
 PAGE = 16
@@ -71,7 +71,7 @@ def soak_processes():
             # Requests are admitted as if they asked for few tokens, so that the pool gets full while they run.
             "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8",
         }
-        environment = serverctl.server_environment(extra=changes)
+        environment = launcher.server_environment(extra=changes)
         with mock.patch.dict(os.environ, environment, clear=True), ProcessPoolExecutor(1, spawn, _load) as pool:
             yield lambda scenario: pool.submit(_fork, scenario, checkpoint).result()
 

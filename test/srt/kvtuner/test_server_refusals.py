@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from serverctl import server_environment
 
 from harness.server_args import write_model
+from launcher import server_environment
 
 COMMANDS = {"launch_server": ["-m", "sglang.launch_server"], "serve": ["-m", "sglang.cli.main", "serve"]}
 

@@ -1,7 +1,8 @@
 """The smallest pool that the server accepts answers, and says so where a request is too long for it."""
 
 import pytest
-from serverctl import ServerError
+
+from launcher import ServerError
 
 PAGE = 64
 TOKENS = 4 * PAGE
