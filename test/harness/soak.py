@@ -28,7 +28,7 @@ FLAGS = (
     *("--page-size", str(PAGE), "--kvtuner-q-group-size", str(PAGE), "--chunked-prefill-size", "64"),
     *("--schedule-conservativeness", "0", "--log-level", "error"),
 )
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300  # for a process that hangs; a soak takes seconds
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def soak_processes():
             "OMP_NUM_THREADS": "1",
             "SGLANG_CPU_OMP_THREADS_BIND": None,
             "TMPDIR": temporary,
-            # Requests are admitted as if they asked for few tokens, so that the pool gets full while they run.
+            # Requests are admitted as if they asked for few tokens, so that the pool gets full while they run. Upstream ends
+            # with "Prefill out of memory" where it is full when a long prompt's next chunk comes: choose another seed then.
             "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8",
         }
         environment = launcher.server_environment(extra=changes)

@@ -1,4 +1,8 @@
-"""The clients of a soak: random requests that share prefixes, go on from one another, ask for samples, give up."""
+"""The clients of a soak: random requests that share prefixes, go on from one another, ask for samples, give up.
+
+What they do depends on the seed and on the order of what the scheduler does, not on time or on what the model samples: a soak
+does the same on every machine.
+"""
 
 from array import array
 from collections import Counter, deque
@@ -90,11 +94,9 @@ class Client:
         asked, tokens = self._asked.pop(rid), self._answers.pop(rid)
         self._finished(rid)
         self.events[f"end: {reason}"] += 1
-        if reason not in ("length", "stop"):
+        if reason != "length":
             return
-        assert len(tokens) == asked.most or reason == "stop", (
-            f"{rid} asked for {asked.most} tokens and got {len(tokens)}"
-        )
+        assert len(tokens) == asked.most, f"{rid} asked for {asked.most} tokens and got {len(tokens)}"
         for _ in range(asked.samples):
             self.events["sample"] += 1
             self._queue.append(self._ask(Asked(asked.prompt, self._rng.randrange(5, 60))))
@@ -121,7 +123,8 @@ class Client:
         self._number += 1
         rid = f"{self._number:06}"
         self._asked[rid], self._answers[rid] = asked, []
-        sampling = SamplingParams(temperature=1.0, max_new_tokens=asked.most)
+        # With a token that ends an answer, what happens would depend on how the machine samples.
+        sampling = SamplingParams(temperature=1.0, max_new_tokens=asked.most, ignore_eos=True)
         sampling.normalize(None)
         return TokenizedGenerateReqInput(
             rid=rid,

@@ -38,7 +38,7 @@ SCENARIOS = {
     ),
     "no prefix cache": Scenario((*cache(64, 2, 8, sinks=4), *MIXED, "--disable-radix-cache"), seed=4),
     "bfloat16": Scenario(
-        (*cache(0, 2, 16), *FULL, "--dtype", "bfloat16", "--kvtuner-hadamard-key"), longest_prompt=FULL_PROMPT, seed=5
+        (*cache(0, 2, 16), *FULL, "--dtype", "bfloat16", "--kvtuner-hadamard-key"), longest_prompt=FULL_PROMPT, seed=15
     ),
     "no overlap": Scenario((*cache(128, 16, 4, asym=True), *MIXED, "--disable-overlap-schedule"), seed=6),
     "preset": Scenario((*cache(128, 4, 4, asym=True), *PRESET, *MIXED), seed=7),
