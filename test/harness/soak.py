@@ -72,7 +72,7 @@ def soak_processes():
             # with "Prefill out of memory" where it is full when a long prompt's next chunk comes: choose another seed then.
             "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8",
         }
-        environment = launcher.server_environment(extra=changes)
+        environment = launcher.server_environment(("--device", "cpu"), extra=changes)
         with mock.patch.dict(os.environ, environment, clear=True), ProcessPoolExecutor(1, spawn, _load) as pool:
             yield lambda scenario: pool.submit(_fork, scenario, checkpoint).result()
 

@@ -27,7 +27,7 @@ def test_a_command_line_ends_with_one_line(tmp_path, command, flags, environment
     flags = f"--model-path {model} --device cpu --enable-kvtuner-quant {flags}".format(preset=tmp_path / "preset.yaml")
     done = subprocess.run(
         [sys.executable, *COMMANDS[command], *flags.split()],
-        env=server_environment(extra=environment),
+        env=server_environment(("--device", "cpu"), extra=environment),
         capture_output=True,
         text=True,
         timeout=300,
