@@ -1,5 +1,8 @@
 """The implementations of the kernels, and caches of one layer for them."""
 
+import functools
+import os
+
 import pytest
 import torch
 
@@ -18,12 +21,20 @@ IMPLEMENTATIONS = {
 
 
 def cpu_kernels():
-    """The C++ kernels with the body that is best here; skips where they cannot be built."""
+    """The C++ kernels with the body that the environment chooses; skips where they cannot be built or run."""
+    reason = _why_no_cpu_kernels(os.environ.get("SGLANG_KVTUNER_CPU_ISA"))
+    if reason:
+        pytest.skip(reason)
+    return CpuKernels
+
+
+@functools.cache
+def _why_no_cpu_kernels(isa):
     try:
         cpu_ops.module().body_name()
     except (cpu_ops.KernelBuildError, ValueError) as e:
-        pytest.skip(str(e))
-    return CpuKernels
+        return str(e).splitlines()[0]
+    return None
 
 
 def tolerance(kernels, dtype=torch.float32):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from harness.kernels import cpu_kernels
+from sglang.kernels.jit.utils.compile import toolchain
 from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
 from sglang.srt.kvtuner.attention.dispatch import choose_kernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
@@ -119,6 +120,8 @@ def cold(monkeypatch, tmp_path):
     monkeypatch.setenv("SGLANG_JIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.delenv("CXX", raising=False)
+    # Upstream asks once for the compiler, and another test may have asked before.
+    monkeypatch.setattr(toolchain, "host_compiler_path", lambda: "c++")
     ninja = shutil.which("ninja", path=os.pathsep.join([os.path.dirname(sys.executable), os.defpath]))
     cpu_ops.module.cache_clear()
     yield tools, ninja
