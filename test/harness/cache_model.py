@@ -3,7 +3,6 @@
 import torch
 
 from harness.cache import RequestTable
-from sglang.srt.kvtuner.attention.steps import StepPlanner
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
 
@@ -52,7 +51,7 @@ class CacheModel:
         )
         self.kernels = make_kernels(self.storage)
         self.table = RequestTable(self.page, num_slots, num_pages, max_pages, seed)
-        self.planner = StepPlanner(
+        self.planner = self.kernels.planner_class(
             page_size=self.page,
             residual_length=residual,
             req_to_token=self.table.req_to_token,
