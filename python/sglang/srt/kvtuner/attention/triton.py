@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -16,6 +15,7 @@ from sglang.kernels.ops.attention.kvtuner.triton_pack import pack_pages_kernel
 from sglang.kernels.ops.attention.kvtuner.triton_store import store_pages_kernel, store_rows_kernel
 from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
 from sglang.srt.kvtuner.attention.steps import StepPlan
+from sglang.srt.kvtuner.attention.triton_extend import ExtendPlan, Workspace
 from sglang.srt.kvtuner.attention.triton_planner import TritonPlanner
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
@@ -24,6 +24,8 @@ from sglang.srt.kvtuner.format.layout import VectorLayout
 MOST_HEAD_DIM = 256
 MOST_PAGE_SIZE = 128
 MOST_SPLITS = 32
+# Requests of a decode step whose partial results :meth:`TritonKernels.workspace_bytes` counts.
+MOST_REQUESTS = 1024
 _DOTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -37,12 +39,15 @@ class TritonKernels(Kernels):
 
     name = "Triton"
     planner_class = TritonPlanner
+    # Tokens that an extend dequantizes at once.
+    workspace_tokens = 16_384
 
-    def __init__(self, storage: CacheStorage) -> None:
+    def __init__(self, storage: CacheStorage, workspace_tokens: int | None = None) -> None:
         super().__init__(storage)
         # The interpreter multiplies bfloat16 matrices wrongly and truncates what it rounds to bfloat16.
         self._dtype = torch.float32 if interpreted() and storage.dtype == torch.bfloat16 else storage.dtype
         self._tokens = launch.tile_tokens(storage.page_size, storage.head_dim)
+        self._workspace = Workspace(storage, workspace_tokens or self.workspace_tokens, self._dtype)
 
     @classmethod
     def supports(cls, layer: LayerFormat) -> str | None:
@@ -53,15 +58,30 @@ class TritonKernels(Kernels):
         if not interpreted() and not torch.cuda.is_available():
             raise KernelsUnavailable("Triton finds no GPU")
 
+    @classmethod
+    def workspace_bytes(cls, *, heads: int, kv_heads: int, head_dim: int) -> int:
+        # Either an extend's, or the partial results of a decode step: two parts at least, and about two for every
+        # multiprocessor, of which there are at most 256.
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        extend = Workspace.bytes_of(cls.workspace_tokens, **shape, itemsize=4 if interpreted() else 2)
+        decode = (2 * MOST_REQUESTS + 512 // kv_heads) * heads * (head_dim + 1) * 4
+        return extend + decode
+
+    def plan(self, step: StepPlan) -> StepPlan | ExtendPlan:
+        return ExtendPlan.of(step) if step.most_queries > 1 else step
+
     def attend(
-        self, layer: int, plan: StepPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        self, layer: int, plan: StepPlan | ExtendPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=self._dtype, device=q.device)
-        if plan.most_queries:
+        if isinstance(plan, ExtendPlan):
+            self._workspace.attend(layer, plan, q, k, v, scaling, out)
+        elif plan.most_queries:
             self._attend_decode(layer, plan, q, k, v, scaling, out)
         return out.to(q.dtype)
 
-    def store(self, layer: int, plan: StepPlan, k: torch.Tensor, v: torch.Tensor) -> None:
+    def store(self, layer: int, plan: StepPlan | ExtendPlan, k: torch.Tensor, v: torch.Tensor) -> None:
+        plan = plan.step if isinstance(plan, ExtendPlan) else plan
         if not plan.most_queries:
             return
         storage, buffers = self.storage, self.storage.layers[layer]
