@@ -39,7 +39,7 @@ class TritonKernels(Kernels):
 
     name = "Triton"
     planner_class = TritonPlanner
-    # Tokens that an extend dequantizes at once.
+    # Tokens that an extend dequantizes at once; half of them in float32.
     workspace_tokens = 16_384
 
     def __init__(self, storage: CacheStorage, workspace_tokens: int | None = None) -> None:
@@ -47,7 +47,8 @@ class TritonKernels(Kernels):
         # The interpreter multiplies bfloat16 matrices wrongly and truncates what it rounds to bfloat16.
         self._dtype = torch.float32 if interpreted() and storage.dtype == torch.bfloat16 else storage.dtype
         self._tokens = launch.tile_tokens(storage.page_size, storage.head_dim)
-        self._workspace = Workspace(storage, workspace_tokens or self.workspace_tokens, self._dtype)
+        tokens = self.workspace_tokens * 2 // self._dtype.itemsize if workspace_tokens is None else workspace_tokens
+        self._workspace = Workspace(storage, tokens, self._dtype)
 
     @classmethod
     def supports(cls, layer: LayerFormat) -> str | None:
@@ -63,7 +64,7 @@ class TritonKernels(Kernels):
         # Either an extend's, or the partial results of a decode step: two parts at least, and about two for every
         # multiprocessor, of which there are at most 256.
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        extend = Workspace.bytes_of(cls.workspace_tokens, **shape, itemsize=4 if interpreted() else 2)
+        extend = Workspace.bytes_of(cls.workspace_tokens, **shape, itemsize=2)
         decode = (2 * MOST_REQUESTS + 512 // kv_heads) * heads * (head_dim + 1) * 4
         return extend + decode
 
@@ -108,7 +109,9 @@ class TritonKernels(Kernels):
     @staticmethod
     def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
         blocks = torch.empty(x.shape[0], fmt.block_bytes, dtype=torch.uint8, device=x.device)
-        pack_pages_kernel[(x.shape[0],)](x.contiguous(), blocks, fmt, **launch.pack_options(fmt.page_size, fmt.head_dim))
+        pack_pages_kernel[(x.shape[0],)](
+            x.contiguous(), blocks, fmt, **launch.pack_options(fmt.page_size, fmt.head_dim)
+        )
         return blocks
 
     def _attend_decode(

@@ -75,7 +75,9 @@ class Workspace:
         if plan.prefix_tokens <= self._tokens:
             if plan.prefix_tokens:
                 self._gather(layer, plan, 0)
-            self._attend(q, k, v, out, step.query_start, plan.prefix_start, most, scaling, skip_prefix=not plan.prefix_tokens)
+            self._attend(
+                q, k, v, out, step.query_start, plan.prefix_start, most, scaling, skip_prefix=not plan.prefix_tokens
+            )
             return
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         self._attend(q, k, v, out, step.query_start, plan.prefix_start, most, scaling, lse, skip_prefix=True)

@@ -117,7 +117,5 @@ def _attend_tile(q, k, v, seen, scale, top, total, result, DOT: tl.constexpr):
     weight = tl.exp2(logits - finite[:, None])
     earlier = tl.exp2(top - finite)
     total = total * earlier + tl.sum(weight, 1)
-    result = tl.dot(
-        weight.to(DOT), v.to(DOT), result * earlier[:, None], input_precision="ieee", out_dtype=tl.float32
-    )
+    result = tl.dot(weight.to(DOT), v.to(DOT), result * earlier[:, None], input_precision="ieee", out_dtype=tl.float32)
     return highest, total, result

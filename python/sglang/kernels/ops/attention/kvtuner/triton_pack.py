@@ -33,14 +33,14 @@ def pack_pages_kernel(x, blocks, F: tl.constexpr):
         token, channel = token[:, None], channel[None, :]
     at = x + page * (F.page_size * F.head_dim) + token * F.head_dim + channel
     tile = tl.load(at, mask=(token < F.page_size) & (channel < F.head_dim), other=0.0)
-    pack_tile(tile.to(tl.float32), blocks + page * F.block_bytes, F)
+    pack_tile(tile, blocks + page * F.block_bytes, F)
 
 
 @triton.jit
 def pack_tile(x, block, F: tl.constexpr):
     """Rotate, quantize and pack one page of one head.
 
-    x: float32 [channels, tokens] for keys, [tokens, channels] for values, the whole page, zeros behind it up to powers of two.
+    x: float of any width, [channels, tokens] for keys, [tokens, channels] for values, the whole page, zeros behind it up to powers of two.
     block: pointer to the first of its bytes, 4-byte aligned. F: TensorFormat in a vector layout.
     """
     RED: tl.constexpr = x.shape[0]
@@ -48,6 +48,11 @@ def pack_tile(x, block, F: tl.constexpr):
     PAGE_RED: tl.constexpr = F.head_dim if F.token_lanes else F.page_size
     PAGE_LANES: tl.constexpr = F.page_size if F.token_lanes else F.head_dim
     SPAN: tl.constexpr = 32 // F.nbits
+    if x.dtype == tl.bfloat16:
+        # On the bits, since Triton's interpreter loses subnormal numbers.
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.float32)
     if F.quantized:
         if F.hadamard > 0:
             x = rotate(x, F.hadamard)

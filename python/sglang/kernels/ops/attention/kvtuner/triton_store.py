@@ -72,7 +72,7 @@ def _store_half(
             if index == 0:
                 sink = sinks + ((page * SINKS + token) * KV_HEADS + kv_head) * F.head_dim + channel
                 tl.store(sink, tile, mask=inside & (token < SINKS))
-        pack_tile(tile.to(tl.float32), packed + (page * KV_HEADS + kv_head) * F.block_bytes, F)
+        pack_tile(tile, packed + (page * KV_HEADS + kv_head) * F.block_bytes, F)
 
 
 @triton.jit
