@@ -3,7 +3,6 @@
 import torch
 
 from harness.cache import RequestTable
-from sglang.srt.kvtuner.attention.steps import StepPlanner
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
 
@@ -51,8 +50,9 @@ class CacheModel:
             device="cpu",
         )
         self.kernels = make_kernels(self.storage)
+        self.fill = self.kernels  # stores what steps without attention add
         self.table = RequestTable(self.page, num_slots, num_pages, max_pages, seed)
-        self.planner = StepPlanner(
+        self.planner = self.kernels.planner_class(
             page_size=self.page,
             residual_length=residual,
             req_to_token=self.table.req_to_token,
@@ -96,7 +96,9 @@ class CacheModel:
         requests = [self.requests[slot] for slot in slots]
         for slot, request, count in zip(slots, requests, counts, strict=True):
             self.table.extend(slot, len(request) + count)
-        plan = self.kernels.plan(self.planner.plan(slots, [len(r) for r in requests], counts))
+        plan = (self.kernels if attend else self.fill).plan(
+            self.planner.plan(slots, [len(r) for r in requests], counts)
+        )
         new = self.rows(sum(counts)) if new is None else new
         scaling, worst = self.head_dim**-0.5, 0.0
         for layer in range(len(self.formats)):
@@ -110,7 +112,7 @@ class CacheModel:
                     expected = naive_attention(q[rows], *seen, scaling)
                     error = (out[rows].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
                     worst = max(worst, float("inf") if error.isnan().any() else error.max().item())
-            self.kernels.store(layer, plan, k, v)
+            (self.kernels if attend else self.fill).store(layer, plan, k, v)
         for slot, request, rows in zip(slots, requests, _slices(counts), strict=True):
             before = len(request)
             request.tokens = torch.cat([request.tokens, new[rows]])

@@ -2,8 +2,9 @@
 
 import pytest
 
-from harness.kernels import IMPLEMENTATIONS, cpu_kernels
+from harness.kernels import IMPLEMENTATIONS, cpu_kernels, triton_kernels
 from sglang.srt.kvtuner.attention.cpu import CpuKernels
+from sglang.srt.kvtuner.attention.triton import TritonKernels
 
 
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS)
@@ -13,4 +14,4 @@ def kernels(request):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        yield cpu_kernels() if found is CpuKernels else found
+        yield {CpuKernels: cpu_kernels, TritonKernels: triton_kernels}.get(found, lambda: found)()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.kvtuner.attention.dispatch import make_kernels
-from sglang.srt.kvtuner.attention.steps import StepPlan, StepPlanner
+from sglang.srt.kvtuner.attention.steps import StepPlan
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.config.compatibility import refuse_unsupported_layers
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -25,13 +25,13 @@ class KVTunerAttnBackend(AttentionBackend):
         self.pool: KVTunerTokenToKVPool = model_runner.token_to_kv_pool
         refuse_unsupported_layers(m for m in model_runner.model.modules() if isinstance(m, RadixAttention))
         storage, requests = self.pool.storage, model_runner.req_to_token_pool
-        self._planner = StepPlanner(
+        self._kernels = make_kernels(storage, self.pool.layer_formats)
+        self._planner = self._kernels.planner_class(
             page_size=storage.page_size,
             residual_length=storage.residual_length,
             req_to_token=requests.req_to_token,
             req_generation=requests.req_generation,
         )
-        self._kernels = make_kernels(storage, self.pool.layer_formats)
         self.pool.attention = self._kernels.name
         self._plan: Any = None
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from sglang.srt.kvtuner.attention.steps import StepPlan
+from sglang.srt.kvtuner.attention.steps import StepPlan, StepPlanner
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 
@@ -19,10 +19,11 @@ class KernelsUnavailable(RuntimeError):
 class Kernels(ABC):
     """Attention over one cache, and storing into it.
 
-    name: for logs and reports.
+    name: for logs and reports. planner_class: what makes the plans of its steps.
     """
 
     name: str
+    planner_class: ClassVar[type[StepPlanner]] = StepPlanner
 
     def __init__(self, storage: CacheStorage) -> None:
         self.storage = storage

@@ -17,9 +17,11 @@ logger = logging.getLogger(__name__)
 VARIABLE = "SGLANG_KVTUNER_KERNELS"
 REFERENCE = "reference"
 
+_TRITON = ("triton", "sglang.srt.kvtuner.attention.triton", "TritonKernels")
 # Implementations by device type, the best first: name, module, class. Modules are imported when they are asked for.
 _KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "cpu": (("cpu", "sglang.srt.kvtuner.attention.cpu", "CpuKernels"),),
+    "cuda": (_TRITON,),
 }
 
 
@@ -27,11 +29,19 @@ def choose_kernels(device: str, formats: Sequence[LayerFormat]) -> tuple[type[Ke
     """The best implementation for a cache of ``formats`` on ``device`` ("cpu", "cuda:0"), ready for use, and for each better
     one why it is not that.
 
-    ``SGLANG_KVTUNER_KERNELS`` leaves one of them: ``reference`` or a name of the table. Raises ValueError for other values
-    than these and "auto".
+    ``SGLANG_KVTUNER_KERNELS`` leaves one of them: ``reference`` or a name of the table. On a CPU ``triton`` is valid as well,
+    for tests, where TRITON_INTERPRET=1 makes Triton interpret its kernels. Raises ValueError for other values than these and
+    "auto".
     """
-    table = _KERNELS.get(str(device).partition(":")[0], ())
+    kind = str(device).partition(":")[0]
+    table = _KERNELS.get(kind, ())
     wanted = os.environ.get(VARIABLE, "auto")
+    if kind == "cpu" and wanted == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"{VARIABLE} is 'triton' on a CPU, which is for tests: valid with TRITON_INTERPRET=1 alone, Triton's interpreter"
+            )
+        table = (_TRITON,)
     names = ["auto", REFERENCE, *(name for name, _, _ in table)]
     if wanted not in names:
         raise ValueError(f"{VARIABLE} is {wanted!r}; valid on {device} are {', '.join(map(repr, names))}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -49,6 +49,7 @@ class StepPlan:
     slots: int64 [requests], request slots. query_start: int32 [requests + 1], each request's first row in the batch, and the
     number of rows. prefix_lens, packed_end: int32 [requests]. pages: int32 [requests, most pages], page ids of every whole page
     that a request has after the step; what follows them is undefined. most_queries: the largest query_len; 1 in decode.
+    host_prefix_lens: prefix_lens on the host, where it knows them: in extends.
     """
 
     slots: torch.Tensor
@@ -57,6 +58,7 @@ class StepPlan:
     packed_end: torch.Tensor
     pages: torch.Tensor
     most_queries: int
+    host_prefix_lens: tuple[int, ...] | None = None
 
     @cached_property
     def requests(self) -> list[RequestStep]:
@@ -92,13 +94,14 @@ class StepPlanner:
         self.rings.take_over(slots, generations, prefix_lens, page_size=self.page_size)
         query_start = [0, *itertools.accumulate(query_lens)]
         device = self.req_to_token.device
-        return self._make(
+        step = self._make(
             torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True),
             torch.tensor(query_start, dtype=torch.int32).to(device, non_blocking=True),
             torch.tensor(prefix_lens, dtype=torch.int32).to(device, non_blocking=True),
             max(query_lens, default=0),
             max(map(sum, zip(prefix_lens, query_lens, strict=True)), default=0),
         )
+        return replace(step, host_prefix_lens=tuple(prefix_lens))
 
     def plan_decode(self, slots: torch.Tensor, seq_lens: torch.Tensor, most_tokens: int | None = None) -> StepPlan:
         """The plan of a decode step; nothing is asked of the host.

@@ -1,0 +1,160 @@
+"""The Triton kernels behind the interface of kernels: GPUs, and CPUs in Triton's interpreter for tests."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang.kernels.ops.attention.kvtuner import triton_launch as launch
+from sglang.kernels.ops.attention.kvtuner.triton_attend import attend_decode_kernel
+from sglang.kernels.ops.attention.kvtuner.triton_merge import merge_splits_kernel
+from sglang.kernels.ops.attention.kvtuner.triton_pack import pack_pages_kernel
+from sglang.kernels.ops.attention.kvtuner.triton_store import store_pages_kernel, store_rows_kernel
+from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
+from sglang.srt.kvtuner.attention.steps import StepPlan
+from sglang.srt.kvtuner.attention.triton_extend import ExtendPlan, Workspace
+from sglang.srt.kvtuner.attention.triton_planner import TritonPlanner
+from sglang.srt.kvtuner.cache.storage import CacheStorage
+from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
+from sglang.srt.kvtuner.format.layout import VectorLayout
+
+MOST_HEAD_DIM = 256
+MOST_PAGE_SIZE = 128
+MOST_SPLITS = 32
+# Requests of a decode step whose partial results :meth:`TritonKernels.workspace_bytes` counts.
+MOST_REQUESTS = 1024
+_DOTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
+    return triton.knobs.runtime.interpret
+
+
+class TritonKernels(Kernels):
+    """Attention and storing by Triton, for formats whose codes lie in vectors."""
+
+    name = "Triton"
+    planner_class = TritonPlanner
+    # Tokens that an extend dequantizes at once; half of them in float32.
+    workspace_tokens = 16_384
+
+    def __init__(self, storage: CacheStorage, workspace_tokens: int | None = None) -> None:
+        super().__init__(storage)
+        # The interpreter multiplies bfloat16 matrices wrongly and truncates what it rounds to bfloat16.
+        self._dtype = torch.float32 if interpreted() and storage.dtype == torch.bfloat16 else storage.dtype
+        self._tokens = launch.tile_tokens(storage.page_size, storage.head_dim)
+        tokens = self.workspace_tokens * 2 // self._dtype.itemsize if workspace_tokens is None else workspace_tokens
+        self._workspace = Workspace(storage, tokens, self._dtype)
+
+    @classmethod
+    def supports(cls, layer: LayerFormat) -> str | None:
+        return _unsupported(layer.key) or _unsupported(layer.value)
+
+    @classmethod
+    def prepare(cls) -> None:
+        if not interpreted() and not torch.cuda.is_available():
+            raise KernelsUnavailable("Triton finds no GPU")
+
+    @classmethod
+    def workspace_bytes(cls, *, heads: int, kv_heads: int, head_dim: int) -> int:
+        # Either an extend's, or the partial results of a decode step: two parts at least, and about two for every
+        # multiprocessor, of which there are at most 256.
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        extend = Workspace.bytes_of(cls.workspace_tokens, **shape, itemsize=2)
+        decode = (2 * MOST_REQUESTS + 512 // kv_heads) * heads * (head_dim + 1) * 4
+        return extend + decode
+
+    def plan(self, step: StepPlan) -> StepPlan | ExtendPlan:
+        return ExtendPlan.of(step) if step.most_queries > 1 else step
+
+    def attend(
+        self, layer: int, plan: StepPlan | ExtendPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=self._dtype, device=q.device)
+        if isinstance(plan, ExtendPlan):
+            self._workspace.attend(layer, plan, q, k, v, scaling, out)
+        elif plan.most_queries:
+            self._attend_decode(layer, plan, q, k, v, scaling, out)
+        return out.to(q.dtype)
+
+    def store(self, layer: int, plan: StepPlan | ExtendPlan, k: torch.Tensor, v: torch.Tensor) -> None:
+        plan = plan.step if isinstance(plan, ExtendPlan) else plan
+        if not plan.most_queries:
+            return
+        storage, buffers = self.storage, self.storage.layers[layer]
+        key, value = buffers.key, buffers.value
+        # Kernels do not convert what a ring keeps: a model hands over its own dtype.
+        k, v = k.to(storage.dtype), v.to(storage.dtype)
+        rows = (k, *k.stride()[:2], v, *v.stride()[:2])
+        step = (plan.slots, plan.query_start, plan.prefix_lens)
+        decode = plan.most_queries == 1
+        requests, heads = plan.slots.shape[0], 2 * storage.kv_heads
+        completed = 1 if decode else triton.cdiv(plan.most_queries, storage.page_size)
+        store_pages_kernel[(requests, completed, heads)](
+            *rows, key.pages, value.pages, key.ring, value.ring, key.sinks, value.sinks, *step, plan.pages,
+            plan.pages.stride(0), K=key.format, V=value.format, KV_HEADS=storage.kv_heads, RING=storage.ring_length,
+            SINKS=key.sinks.shape[1], DECODE=decode, **launch.pack_options(storage.page_size, storage.head_dim),
+        )  # fmt: skip
+        if not decode:
+            kept = triton.cdiv(min(plan.most_queries, storage.ring_length), launch.ROW_TOKENS)
+            store_rows_kernel[(requests, kept, heads)](
+                *rows, key.ring, value.ring, *step, HEAD_DIM=storage.head_dim, KV_HEADS=storage.kv_heads,
+                RING=storage.ring_length, TOKENS=launch.ROW_TOKENS,
+            )  # fmt: skip
+
+    @staticmethod
+    def pack_pages(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
+        blocks = torch.empty(x.shape[0], fmt.block_bytes, dtype=torch.uint8, device=x.device)
+        pack_pages_kernel[(x.shape[0],)](
+            x.contiguous(), blocks, fmt, **launch.pack_options(fmt.page_size, fmt.head_dim)
+        )
+        return blocks
+
+    def _attend_decode(
+        self, layer: int, plan: StepPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        storage, buffers = self.storage, self.storage.layers[layer]
+        key, value = buffers.key, buffers.value
+        (rows, heads, head_dim), kv_heads = q.shape, storage.kv_heads
+        blocks = kv_heads * triton.cdiv(heads // kv_heads, 16)
+        parts = decode_splits(rows * blocks, q.device) + 1
+        part_out = torch.empty(rows, heads, parts, head_dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(rows, heads, parts, dtype=torch.float32, device=q.device)
+        attend_decode_kernel[(rows, blocks, parts)](
+            q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], key.pages, value.pages, key.ring, value.ring,
+            key.sinks, value.sinks, plan.slots, plan.prefix_lens, plan.packed_end, plan.pages, plan.pages.stride(0),
+            part_out, part_lse, scaling, K=key.format, V=value.format, HEADS=heads, KV_HEADS=kv_heads,
+            RING=storage.ring_length, SINKS=key.sinks.shape[1], SPLITS=parts - 1, TOKENS=self._tokens,
+            DOT=_DOTS[self._dtype], **launch.ATTEND,
+        )  # fmt: skip
+        merge_splits_kernel[(rows * heads,)](part_out, part_lse, out, HEAD_DIM=head_dim, PARTS=parts)
+
+
+def decode_splits(programs: int, device: torch.device) -> int:
+    """In how many parts a decode step reads packed pages, a power of two: with ``programs`` for each part, about two for every
+    multiprocessor of the device; 4 in the interpreter."""
+    wanted = 4 if interpreted() else 2 * _multiprocessors(device) // programs
+    return min(1 << max(wanted, 1).bit_length() - 1, MOST_SPLITS)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _unsupported(fmt: TensorFormat) -> str | None:
+    if not isinstance(fmt.layout, VectorLayout):
+        return f"pages of {fmt.page_size} tokens and heads of {fmt.head_dim} do not fill vectors at {fmt.nbits} bits"
+    reduction = fmt.head_dim if fmt.token_lanes else fmt.page_size
+    if reduction % 16:
+        return f"pages of {fmt.page_size} tokens and heads of {fmt.head_dim} do not both divide by 16"
+    if fmt.head_dim > MOST_HEAD_DIM:
+        return f"heads of {fmt.head_dim} are larger than {MOST_HEAD_DIM}"
+    if fmt.page_size > MOST_PAGE_SIZE:
+        return f"pages of {fmt.page_size} tokens are larger than {MOST_PAGE_SIZE}"
+    return None
