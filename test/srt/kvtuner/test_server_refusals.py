@@ -9,6 +9,8 @@ import pytest
 from harness.server_args import write_model
 from serverctl import server_environment
 
+pytestmark = pytest.mark.server
+
 COMMANDS = {
     "launch_server": ["-m", "sglang.launch_server"],
     "serve": ["-c", "from sglang.cli.main import main; main()", "serve"],

@@ -4,6 +4,8 @@ import pytest
 
 from serverctl import ServerError
 
+pytestmark = pytest.mark.server
+
 PAGE = 64
 TOKENS = 4 * PAGE
 
