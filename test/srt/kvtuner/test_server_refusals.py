@@ -9,7 +9,12 @@ import pytest
 from harness.server_args import write_model
 from launcher import server_environment
 
-COMMANDS = {"launch_server": ["-m", "sglang.launch_server"], "serve": ["-m", "sglang.cli.main", "serve"]}
+pytestmark = pytest.mark.server
+
+COMMANDS = {
+    "launch_server": ["-m", "sglang.launch_server"],
+    "serve": ["-c", "from sglang.cli.main import main; main()", "serve"],
+}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import pytest
 
 from launcher import ServerError
 
+pytestmark = pytest.mark.server
+
 PAGE = 64
 TOKENS = 4 * PAGE
 
