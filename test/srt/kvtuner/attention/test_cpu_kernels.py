@@ -11,6 +11,7 @@ from harness.kernels import cpu_kernels
 from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
 from sglang.srt.kvtuner.attention.cpu import CpuKernels, check_fields, code_places
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
+from sglang.srt.kvtuner.attention.steps import StepPlan
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.layout import VectorLayout
 from sglang.srt.kvtuner.format.page_codec import split_blocks
@@ -51,6 +52,41 @@ def test_cpp_and_python_name_the_same_fields():
     for change in ({"StepPlan": names["StepPlan"][::-1]}, {"TensorFormat": names["TensorFormat"][:-1]}):
         with pytest.raises(RuntimeError, match=f"{next(iter(change))} has the fields"):
             check_fields(names | change)
+
+
+def test_a_layer_and_a_step_are_checked_when_they_are_made():
+    kernels = cpu_kernels()
+    layer = LayerFormat(tensor_format(4, True, 0, 64, 64, 64, True), tensor_format(4, True, 0, 64, 64, 64, False))
+    model = CacheModel(kernels, (layer,), heads=2, kv_heads=2, residual=0, num_slots=2, num_pages=4)
+    good = StepPlan(
+        slots=torch.tensor([1]),
+        query_start=torch.tensor([0, 1], dtype=torch.int32),
+        prefix_lens=torch.tensor([130], dtype=torch.int32),
+        packed_end=torch.tensor([128], dtype=torch.int32),
+        pages=torch.tensor([[1, 3]], dtype=torch.int32),
+    )
+    model.kernels.plan(good)
+    for fault, changed in {
+        "there is no page 4": {"pages": torch.tensor([[1, 4]], dtype=torch.int32)},
+        "no slot": {"slots": torch.tensor([2])},
+        "neither in pages nor in its ring": {"packed_end": torch.tensor([0], dtype=torch.int32)},
+        "differ in length": {"prefix_lens": torch.tensor([130, 1], dtype=torch.int32)},
+        "query_start must be contiguous, of 32-bit integers": {"query_start": torch.tensor([0, 1])},
+    }.items():
+        with pytest.raises(ValueError, match=fault):
+            model.kernels.plan(replace(good, **changed))
+    key = model.storage.layers[0].key
+    for fault, changed in {
+        "pages are not blocks": {"pages": key.pages[..., :-1].contiguous()},
+        "rings must be contiguous": {"ring": key.ring.transpose(1, 2)},
+        "does not fit the buffers": {"format": layer.value},
+    }.items():
+        layers = (replace(model.storage.layers[0], key=replace(key, **changed)),)
+        with pytest.raises(ValueError, match=fault):
+            kernels(replace(model.storage, layers=layers))
+    rows = torch.randn(1, 2, 64)
+    with pytest.raises(ValueError, match="k does not fit the cache"):
+        model.kernels.attend(0, model.kernels.plan(good), rows, rows[:, :1], rows, 0.125)
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):

@@ -69,6 +69,13 @@ def test_rotated_layers_are_counted():
     assert pool_report(make_pool(hadamard_key=True))["hadamard_key_layers"] == LAYERS
 
 
+def test_nonfinite_blocks_are_reported():
+    pool = make_pool()
+    assert pool_report(pool)["nonfinite_blocks"] == 0
+    pool.storage.nonfinite_blocks.add_(3)
+    assert pool_report(pool)["nonfinite_blocks"] == 3
+
+
 def test_the_scheduler_state_gets_the_report():
     pool, state = make_pool(), {"kept": 1}
     scheduler = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool))

@@ -10,9 +10,8 @@
 namespace kvtuner::KVTUNER_ISA {
 namespace {
 
-// Rows times codes, with what is to be done with the sums. Scales along the lanes: lane_scale * (row_scale * (sum +
-// row_sum)
-// + lane_zero * row_exact). Else: row_scale * sum + row_extra.
+// Rows times codes, with what is to be done with the sums. Scales along the lanes:
+// lane_scale * (row_scale * (sum + row_offset) + lane_zero * row_exact). Else: row_scale * sum + row_extra.
 //
 // Tiles take what they need from one such struct by row and vector of lanes: structs that are copied or changed on the
 // way cost a third of a tile.
@@ -26,8 +25,8 @@ struct CodeProduct {
   const float* row_scale;  // [rows], step scale_stride
   const float* row_extra;  // [rows], step scale_stride
   int scale_stride;
-  const int32_t* row_sum;  // [rows], step sum_stride: what the codes' offset adds
-  const float* row_exact;  // [rows], step sum_stride: sums of the floats
+  const int32_t* row_offset;  // [rows], step sum_stride: what the codes' offset adds
+  const float* row_exact;     // [rows], step sum_stride: sums of the floats
   int sum_stride;
   const uint8_t* lane_scale;  // float16 [lanes]
   const uint8_t* lane_zero;   // int16 [lanes] or null
@@ -42,7 +41,7 @@ KVTUNER_TILE void code_tile(const CodeProduct& product, int row, int lane_vector
   const I mask = i_set(((1 << BITS) - 1) * 0x10001);
   I acc[R][N];
   KVTUNER_UNROLL for (int r = 0; r < R; ++r) {
-    const I start = LANE_SCALES ? i_set(product.row_sum[(row + r) * product.sum_stride]) : i_set(0);
+    const I start = LANE_SCALES ? i_set(product.row_offset[(row + r) * product.sum_stride]) : i_set(0);
     KVTUNER_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = start;
   }
   const int64_t step = product.step, stride = product.a_stride;
