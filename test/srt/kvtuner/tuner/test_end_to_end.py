@@ -143,6 +143,13 @@ def test_figures_are_those_of_an_independent_simulation(tmp_path, smollm2_checkp
     assert abs(float((expected[0] - expected[1]).mean())) > 2e-2
 
 
+def test_a_cache_that_a_batch_does_not_fit_in_is_told(tmp_path, random_llama):
+    process = tuner(random_llama(), tmp_path, "evaluate", "--configs", "K4V4", "--", "--max-total-tokens", "192")
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "--batch is 1; its windows have 256 tokens" in errors and "leaves the unquantized cache 192" in errors
+
+
 def test_own_tasks_of_lm_eval(tmp_path, smollm2_checkpoint):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lm-eval[api]'")
     data, cities = tmp_path / "capitals.jsonl", list(CAPITALS.values())

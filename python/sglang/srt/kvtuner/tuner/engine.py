@@ -84,6 +84,12 @@ class TunerEngine:
         self.full_precision_bytes = self._runner.token_to_kv_pool.dtype.itemsize
         if settings.window > config.context_len:
             raise TuningError(f"--window is {settings.window}; the model's context holds {config.context_len} tokens")
+        needed, room = settings.batch * settings.window, self._runner.max_total_num_tokens
+        if room < needed:
+            raise TuningError(
+                f"--batch is {settings.batch}; its windows have {needed} tokens, and memory or --max-total-tokens after "
+                f"-- leaves the unquantized cache {room}. Give a smaller batch, shorter windows, or more room"
+            )
         self._reference = (self._runner.token_to_kv_pool, self._runner.attn_backend)
         self._head: tuple[Any, torch.Tensor, Any] | None = None
         processor = _logits_processor(self._runner.model)
