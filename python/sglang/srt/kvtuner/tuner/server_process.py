@@ -107,12 +107,12 @@ class Server:
         self.port = port or free_port()
         self.url = f"http://{HOST}:{self.port}"
         self.log_path = Path(log_path)
-        flags = list(map(str, flags))
+        arguments = [str(flag) for flag in flags]
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-        self.command += ["--host", HOST, "--port", str(self.port), *flags]
-        self._environment = server_environment(flags, ranks, env)
+        self.command += ["--host", HOST, "--port", str(self.port), *arguments]
+        self._environment = server_environment(arguments, ranks, env)
         self._process: subprocess.Popen | None = None
-        self._temporary: str | None = None
+        self._temporary = ""
 
     def __enter__(self) -> Server:
         return self.start()
@@ -204,24 +204,25 @@ class Server:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace)
-        _end(self._members())
+        _end(_session_members(self._process.pid))
         self._process.wait()
         shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def _members(self) -> list[psutil.Process]:
-        """Running processes of the session that :meth:`start` opened."""
-        members = []
-        for process in psutil.process_iter(["status"]):
-            try:
-                if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == self._process.pid:
-                    members.append(process)
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                pass
-        return members
 
     def _how_it_ended(self) -> str:
         status = self._process.returncode if self._process else None
         return f"signal {-status}" if status is not None and status < 0 else f"exit status {status}"
+
+
+def _session_members(session: int) -> list[psutil.Process]:
+    """Running processes of a session, by the id of the process that opened it."""
+    members = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session:
+                members.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            pass
+    return members
 
 
 def _end(processes: list[psutil.Process]) -> None:
