@@ -5,6 +5,7 @@ One flag-off server gives what everything is compared with; see ``flag_off``.
 
 import math
 import os
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -34,15 +35,17 @@ RECIPES = {
     "KV4 K rotated": (KV4_ROTATED, 0.05),
 }
 
+# Runs in every process of a server, before anything else.
 IMPORT_LOGGER = """
 import os, sys
 class Logger:
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("sglang.srt.kvtuner"):
+        if name.startswith("sglang.srt."):
             with open(os.environ["KVTUNER_IMPORT_LOG"], "a") as log:
-                log.write(name + "\\n")
+                log.write(f"{os.getpid()} {name}\\n")
 sys.meta_path.insert(0, Logger())
 """
+OURS = "sglang.srt.kvtuner"
 
 
 def greedy_prompts(checkpoint):
@@ -79,30 +82,54 @@ def texts(smollm2_checkpoint):
     return windows(smollm2_checkpoint, 4, 1024)
 
 
+class ImportLog:
+    """What the processes of a server import of ``sglang.srt``; ``env`` goes to the server."""
+
+    def __init__(self, folder):
+        (folder / "sitecustomize.py").write_text(IMPORT_LOGGER)
+        self._log = folder / "imports.log"
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.env = {"PYTHONPATH": path, "KVTUNER_IMPORT_LOG": str(self._log)}
+
+    def by_process(self):
+        """Sets of modules, by process id."""
+        found = defaultdict(set)
+        for line in self._log.read_text().splitlines():
+            process, name = line.split()
+            found[process].add(name)
+        return found
+
+    def of_the_scheduler(self):
+        """Modules of the process that loads the model and holds its cache."""
+        (found,) = [names for names in self.by_process().values() if "sglang.srt.models.llama" in names]
+        return found
+
+
 @pytest.fixture(scope="module")
 def flag_off(smollm2_checkpoint, texts, tmp_path_factory):
-    """What the server answers with the flag off, and which of our modules it imported."""
+    """What the server answers with the flag off, and which modules it imported."""
     folder = tmp_path_factory.mktemp("flag_off")
-    (folder / "sitecustomize.py").write_text(IMPORT_LOGGER)
-    imports = folder / "imports.log"
-    imports.touch()
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {"PYTHONPATH": path, "KVTUNER_IMPORT_LOG": str(imports)}
+    imports = ImportLog(folder)
     flags = (*FLOAT32, "--chunked-prefill-size", "2048")
-    with harness.launch_server(smollm2_checkpoint, *flags, log_path=folder / "server.log", env=env) as server:
+    with harness.launch_server(smollm2_checkpoint, *flags, log_path=folder / "server.log", env=imports.env) as server:
         return SimpleNamespace(
             tokens=greedy(server, greedy_prompts(smollm2_checkpoint)),
             logprobs=token_logprobs(server, texts),
-            imports=set(imports.read_text().split()),
+            imports=imports,
             page_size=server.server_info()["page_size"],
         )
 
 
 def test_flag_off_runs_no_code_of_ours(flag_off):
     # The flags' own check at start-up and the switch are all that may load.
-    allowed = {"sglang.srt.kvtuner", "sglang.srt.kvtuner.hooks", "sglang.srt.kvtuner.config.flags"}
-    allowed |= {"sglang.srt.kvtuner.format.quantizer"}  # config.py takes the valid bits from it
-    assert flag_off.imports <= allowed
+    allowed = {f"{OURS}.hooks", f"{OURS}.config.flags"}
+    allowed |= {f"{OURS}.format.quantizer"}  # flags.py takes the valid bits from it
+    allowed |= {name.rpartition(".")[0] for name in allowed} | {OURS}
+    for names in flag_off.imports.by_process().values():
+        assert {name for name in names if name.startswith(OURS)} <= allowed
+    # The log saw upstream's cache being built, and the switch being asked, in the process where ours would be.
+    seen = flag_off.imports.of_the_scheduler()
+    assert {"sglang.srt.mem_cache.memory_pool", f"{OURS}.hooks"} <= seen
     assert flag_off.page_size == 1
 
 
@@ -114,12 +141,16 @@ def test_flag_off_answers_as_upstream_does(smollm2_checkpoint, flag_off, launch_
         assert greedy(server, prompts) == flag_off.tokens[: len(prompts)]
 
 
-def test_window_larger_than_every_sequence_equals_flag_off(smollm2_checkpoint, flag_off, launch_server):
+def test_window_larger_than_every_sequence_equals_flag_off(smollm2_checkpoint, flag_off, launch_server, tmp_path):
     flags = ("--enable-kvtuner-quant", "--kvtuner-residual-length", "4096", "--chunked-prefill-size", "2048")
+    imports = ImportLog(tmp_path)
     # Prefixes shared through the radix cache would be read from packed pages.
-    with launch_server(smollm2_checkpoint, *FLOAT32, *flags, "--max-running-requests", "4") as server:
+    flags = (*FLOAT32, *flags, "--max-running-requests", "4")
+    with launch_server(smollm2_checkpoint, *flags, env=imports.env) as server:
         found = greedy(server, greedy_prompts(smollm2_checkpoint))
     assert found == flag_off.tokens
+    # What must not load with the flag off is seen here.
+    assert {f"{OURS}.cache.pool", f"{OURS}.attention.backend"} <= imports.of_the_scheduler()
 
 
 @pytest.mark.parametrize("recipe, limit", RECIPES.values(), ids=RECIPES)
