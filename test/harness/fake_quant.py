@@ -139,16 +139,19 @@ def attend(query, key, value, scaling, recipe, packed):
     quantized = position[None, :] < packed[:, None]
     causal = position[:, None] >= position[None, :]
 
-    keys, values = [key, key], [value, value]
+    keys, values = [key.float(), key.float()], [value.float(), value.float()]
     if recipe is not None:
+        # Whole pages alone, which is all that anybody sees quantized: groups along tokens fill no unfinished page.
+        whole = slice(recipe.sinks, int(packed.max()))
         # The matrix is symmetric and orthonormal: it is its own inverse.
         rotation = hadamard_matrix(key.shape[-1]) if recipe.hadamard_key else torch.eye(key.shape[-1])
-        stored = fake_quantize(key.float() @ rotation, recipe.bits_key, recipe.asym, recipe.axis_key, recipe.group)
-        keys[1] = stored @ rotation
-        values[1] = fake_quantize(value, recipe.bits_value, recipe.asym, recipe.axis_value, recipe.group)
-        for exact, rounded in (keys, values):
-            rounded[..., : recipe.sinks, :] = exact[..., : recipe.sinks, :]
-    keys, values = ([t.float().repeat_interleave(repeats, dim=1) for t in pair] for pair in (keys, values))
+        rotated, plain = keys[1][..., : whole.stop, :] @ rotation, values[1][..., : whole.stop, :]
+        stored_keys = fake_quantize(rotated, recipe.bits_key, recipe.asym, recipe.axis_key, recipe.group) @ rotation
+        stored_values = fake_quantize(plain, recipe.bits_value, recipe.asym, recipe.axis_value, recipe.group)
+        for pair, stored in ((keys, stored_keys), (values, stored_values)):
+            pair[1] = pair[0].clone()
+            pair[1][..., whole, :] = stored[..., recipe.sinks :, :]
+    keys, values = ([t.repeat_interleave(repeats, dim=1) for t in pair] for pair in (keys, values))
     logits = [query.float() @ k.transpose(-1, -2) * scaling for k in keys]
     weights = torch.where(quantized, logits[1], logits[0]).masked_fill(~causal, float("-inf")).softmax(-1)
     out = (weights * ~quantized) @ values[0] + (weights * quantized) @ values[1]

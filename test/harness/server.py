@@ -1,5 +1,8 @@
 """A real server under test, over HTTP."""
 
+import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 
 from launcher import Server
@@ -39,6 +42,21 @@ class RunningServer(Server):
         message = {"role": "user", "content": question}
         payload = {"model": "default", "messages": [message], "temperature": 0, "max_tokens": max_tokens}
         return self.request("/v1/chat/completions", payload)["choices"][0]["message"]["content"]
+
+    def flush_cache(self, timeout=60.0):
+        """Empty the prefix cache; waits until no request runs, which it needs."""
+        request = urllib.request.Request(f"{self.url}/flush_cache", data=b"", method="POST")
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as answer:
+                    if answer.status == 200:
+                        return
+            except urllib.error.HTTPError:
+                pass
+            if time.monotonic() > deadline:
+                raise self.error("requests are still running")
+            time.sleep(0.2)
 
     def server_info(self):
         """GET /server_info."""
