@@ -68,7 +68,6 @@ void each_field(LayerFields& f, const Each& each) {
 // StepPlan (steps.py).
 struct StepFields {
   Tensor slots, query_start, prefix_lens, packed_end, pages;
-  int most_queries;
 };
 
 template <class Each>
@@ -78,7 +77,6 @@ void each_field(StepFields& f, const Each& each) {
   each("prefix_lens", f.prefix_lens);
   each("packed_end", f.packed_end);
   each("pages", f.pages);
-  each("most_queries", f.most_queries);
 }
 
 template <class T>

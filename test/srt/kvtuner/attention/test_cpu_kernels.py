@@ -48,7 +48,7 @@ def test_cpp_and_python_name_the_same_fields():
     cpu_kernels()
     names = {name: list(fields) for name, fields in cpu_ops.module().field_names().items()}
     check_fields(names)
-    assert names["StepPlan"] == ["slots", "query_start", "prefix_lens", "packed_end", "pages", "most_queries"]
+    assert names["StepPlan"] == ["slots", "query_start", "prefix_lens", "packed_end", "pages"]
     for change in ({"StepPlan": names["StepPlan"][::-1]}, {"TensorFormat": names["TensorFormat"][:-1]}):
         with pytest.raises(RuntimeError, match=f"{next(iter(change))} has the fields"):
             check_fields(names | change)

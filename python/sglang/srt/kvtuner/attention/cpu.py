@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 import torch
 
 from sglang.kernels.ops.attention.kvtuner import cpu as ops
 from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
-from sglang.srt.kvtuner.attention.steps import StepPlan
+from sglang.srt.kvtuner.attention.steps import ON_HOST, StepPlan
 from sglang.srt.kvtuner.cache.storage import CacheStorage, LayerStorage, TensorStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.layout import VectorLayout
@@ -86,14 +86,18 @@ def code_places(fmt: TensorFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def check_fields(names: Any) -> None:
     """Compare the lists of fields that C++ names, by class, with the fields of the classes here. Raises RuntimeError."""
     for shared in _SHARED_CLASSES:
-        here, there = [field.name for field in fields(shared)], list(names.get(shared.__name__, ()))
+        here, there = [field.name for field in _fields(shared)], list(names.get(shared.__name__, ()))
         if here != there:
             raise RuntimeError(f"{shared.__name__} has the fields {here}, but {there} in the C++ kernels")
 
 
+def _fields(shared: Any) -> list[Field[Any]]:
+    return [field for field in fields(shared) if field.metadata != ON_HOST]
+
+
 def _by_name(x: Any) -> dict[str, Any]:
-    """Fields of a dataclass, nested ones too, by name; tensors as they are."""
-    values = {field.name: getattr(x, field.name) for field in fields(x)}
+    """Fields of a dataclass that kernels get, nested ones too, by name; tensors as they are."""
+    values = {field.name: getattr(x, field.name) for field in _fields(x)}
     return {name: _by_name(value) if is_dataclass(value) else value for name, value in values.items()}
 
 

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from sglang.srt.kvtuner.cache.residual_window import RingOwners
+
+# Marks what a plan says to the host alone: kernels do not get it.
+ON_HOST = {"host": True}
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class StepPlan:
     prefix_lens: torch.Tensor
     packed_end: torch.Tensor
     pages: torch.Tensor
-    most_queries: int
-    host_prefix_lens: tuple[int, ...] | None = None
+    most_queries: int = field(metadata=ON_HOST)
+    host_prefix_lens: tuple[int, ...] | None = field(default=None, metadata=ON_HOST)
 
     @cached_property
     def requests(self) -> list[RequestStep]:
