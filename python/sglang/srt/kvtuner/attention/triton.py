@@ -46,7 +46,7 @@ class TritonKernels(Kernels):
         super().__init__(storage)
         # The interpreter multiplies bfloat16 matrices wrongly and truncates what it rounds to bfloat16.
         self._dtype = torch.float32 if interpreted() and storage.dtype == torch.bfloat16 else storage.dtype
-        self._tokens = launch.tile_tokens(storage.page_size, storage.head_dim)
+        self._tokens = launch.tile_tokens(storage.page_size, storage.head_dim, self._dtype.itemsize)
         tokens = self.workspace_tokens * 2 // self._dtype.itemsize if workspace_tokens is None else workspace_tokens
         self._workspace = Workspace(storage, tokens, self._dtype)
 
@@ -130,7 +130,7 @@ class TritonKernels(Kernels):
             key.sinks, value.sinks, plan.slots, plan.prefix_lens, plan.packed_end, plan.pages, plan.pages.stride(0),
             part_out, part_lse, scaling, K=key.format, V=value.format, HEADS=heads, KV_HEADS=kv_heads,
             RING=storage.ring_length, SINKS=key.sinks.shape[1], SPLITS=parts - 1, TOKENS=self._tokens,
-            DOT=_DOTS[self._dtype], **launch.ATTEND,
+            DOT=_DOTS[self._dtype], **launch.attend_options(head_dim),
         )  # fmt: skip
         merge_splits_kernel[(rows * heads,)](part_out, part_lse, out, HEAD_DIM=head_dim, PARTS=parts)
 

@@ -68,7 +68,7 @@ def _store_half(
             tl.load(old, mask=inside & earlier, other=0.0),
             tl.load(new, mask=inside & (position >= prefix_len), other=0.0),
         )
-        if SINKS > 0:
+        if SINKS > 0:  # noqa: SIM102 (known when compiled, the other is not)
             if index == 0:
                 sink = sinks + ((page * SINKS + token) * KV_HEADS + kv_head) * F.head_dim + channel
                 tl.store(sink, tile, mask=inside & (token < SINKS))

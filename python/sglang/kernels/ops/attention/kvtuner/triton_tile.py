@@ -42,7 +42,7 @@ def load_tile(block, first, F: tl.constexpr, TOKENS: tl.constexpr):
     LANES: tl.constexpr = TOKENS if F.token_lanes else CHANNELS
     PAGE_RED: tl.constexpr = F.head_dim if F.token_lanes else F.page_size
     PAGE_LANES: tl.constexpr = F.page_size if F.token_lanes else F.head_dim
-    PADDED: tl.constexpr = CHANNELS != F.head_dim or F.page_size % TOKENS != 0
+    PADDED: tl.constexpr = F.head_dim != CHANNELS or F.page_size % TOKENS != 0
     SPAN: tl.constexpr = 32 // F.nbits
     red, lane = tl.arange(0, RED), tl.arange(0, LANES)
     span = tl.arange(0, RED // SPAN)
