@@ -22,7 +22,8 @@ from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.layout import VectorLayout
 
 MOST_HEAD_DIM = 256
-MOST_PAGE_SIZE = 128
+# Of a page of one head, which a program packs as a whole.
+MOST_ELEMENTS = 16_384
 MOST_SPLITS = 32
 # Requests of a decode step whose partial results :meth:`TritonKernels.workspace_bytes` counts.
 MOST_REQUESTS = 1024
@@ -155,6 +156,6 @@ def _unsupported(fmt: TensorFormat) -> str | None:
         return f"pages of {fmt.page_size} tokens and heads of {fmt.head_dim} do not both divide by 16"
     if fmt.head_dim > MOST_HEAD_DIM:
         return f"heads of {fmt.head_dim} are larger than {MOST_HEAD_DIM}"
-    if fmt.page_size > MOST_PAGE_SIZE:
-        return f"pages of {fmt.page_size} tokens are larger than {MOST_PAGE_SIZE}"
+    if fmt.page_size * fmt.head_dim > MOST_ELEMENTS:
+        return f"pages of {fmt.page_size} tokens with heads of {fmt.head_dim} are larger than {MOST_ELEMENTS} elements"
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 # A bound on registers, so that ptxas does not spill a few of them to fit one block more.
-GATHER: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
+GATHER: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
 # Pages whose ids a program of the plan writes; tokens that a program moves into a ring.
 PLAN_PAGES = 128
 ROW_TOKENS = 16
@@ -32,7 +32,8 @@ def attend_options(head_dim: int) -> dict[str, Any]:
 
 
 def pack_options(page_size: int, head_dim: int) -> dict[str, Any]:
-    """A program packs a page as a whole; about 64 elements per thread stay in registers."""
-    warps = padded(page_size) * padded(head_dim) // (64 * 32)
+    """A program packs a page as a whole, in registers."""
+    elements = padded(page_size) * padded(head_dim)
+    warps = 4 if elements <= 8192 else 8 if page_size <= 64 else 16
     # Contracted multiply-adds would round differently from the reference quantizer.
-    return {"num_warps": min(max(warps, 4), 16), "enable_fp_fusion": False}
+    return {"num_warps": warps, "enable_fp_fusion": False}
