@@ -64,6 +64,7 @@ def test_a_layer_and_a_step_are_checked_when_they_are_made():
         prefix_lens=torch.tensor([130], dtype=torch.int32),
         packed_end=torch.tensor([128], dtype=torch.int32),
         pages=torch.tensor([[1, 3]], dtype=torch.int32),
+        most_queries=1,
     )
     model.kernels.plan(good)
     for fault, changed in {

@@ -100,6 +100,8 @@ def test_rotated_keys(kernels, head_dim, axis):
 def test_sinks(kernels, page, sinks, dtype):
     """Also a whole page of them, and more than a tile; the requests are within their first page, past it, and far."""
     key, value = tensor_format(2, True, 1, 64, page, 64, True), tensor_format(2, False, 0, 64, page, 64, False)
+    if kernels is TritonKernels and dtype == torch.bfloat16 and page > 64:
+        pytest.skip("takes Triton's interpreter too long; float32 is not skipped")
     lengths = (page - 1, page, 3 * page + 7)
     model = make_case(kernels, key, value, 6, 2, 0, dtype, sinks, lengths)
     for _ in range(2):  # the second reads the sinks that the first one stored

@@ -175,5 +175,6 @@ def test_formats_are_refused_with_the_reason():
     )
     large = tensor_format(4, False, 0, 64, 64, 512, True)
     assert TritonKernels.supports(LayerFormat(large, large)) == "heads of 512 are larger than 256"
-    long = tensor_format(4, False, 0, 64, 256, 64, True)
-    assert TritonKernels.supports(LayerFormat(long, long)) == "pages of 256 tokens are larger than 128"
+    long = tensor_format(4, False, 0, 64, 256, 128, True)
+    reason = "pages of 256 tokens with heads of 128 are larger than 16384 elements"
+    assert TritonKernels.supports(LayerFormat(long, long)) == reason

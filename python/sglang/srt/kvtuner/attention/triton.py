@@ -22,7 +22,8 @@ from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.layout import VectorLayout
 
 MOST_HEAD_DIM = 256
-MOST_PAGE_SIZE = 128
+# Of a page of one head, which a program packs as a whole.
+MOST_ELEMENTS = 16_384
 MOST_SPLITS = 32
 # Requests of a decode step whose partial results :meth:`TritonKernels.workspace_bytes` counts.
 MOST_REQUESTS = 1024
@@ -46,7 +47,7 @@ class TritonKernels(Kernels):
         super().__init__(storage)
         # The interpreter multiplies bfloat16 matrices wrongly and truncates what it rounds to bfloat16.
         self._dtype = torch.float32 if interpreted() and storage.dtype == torch.bfloat16 else storage.dtype
-        self._tokens = launch.tile_tokens(storage.page_size, storage.head_dim)
+        self._tokens = launch.tile_tokens(storage.page_size, storage.head_dim, self._dtype.itemsize)
         tokens = self.workspace_tokens * 2 // self._dtype.itemsize if workspace_tokens is None else workspace_tokens
         self._workspace = Workspace(storage, tokens, self._dtype)
 
@@ -130,7 +131,7 @@ class TritonKernels(Kernels):
             key.sinks, value.sinks, plan.slots, plan.prefix_lens, plan.packed_end, plan.pages, plan.pages.stride(0),
             part_out, part_lse, scaling, K=key.format, V=value.format, HEADS=heads, KV_HEADS=kv_heads,
             RING=storage.ring_length, SINKS=key.sinks.shape[1], SPLITS=parts - 1, TOKENS=self._tokens,
-            DOT=_DOTS[self._dtype], **launch.ATTEND,
+            DOT=_DOTS[self._dtype], **launch.attend_options(head_dim),
         )  # fmt: skip
         merge_splits_kernel[(rows * heads,)](part_out, part_lse, out, HEAD_DIM=head_dim, PARTS=parts)
 
@@ -155,6 +156,6 @@ def _unsupported(fmt: TensorFormat) -> str | None:
         return f"pages of {fmt.page_size} tokens and heads of {fmt.head_dim} do not both divide by 16"
     if fmt.head_dim > MOST_HEAD_DIM:
         return f"heads of {fmt.head_dim} are larger than {MOST_HEAD_DIM}"
-    if fmt.page_size > MOST_PAGE_SIZE:
-        return f"pages of {fmt.page_size} tokens are larger than {MOST_PAGE_SIZE}"
+    if fmt.page_size * fmt.head_dim > MOST_ELEMENTS:
+        return f"pages of {fmt.page_size} tokens with heads of {fmt.head_dim} are larger than {MOST_ELEMENTS} elements"
     return None

@@ -56,7 +56,7 @@ class Workspace:
         self._storage, self._tokens = storage, tokens
         shape = (2, tokens, storage.kv_heads, storage.head_dim)
         self._rows = torch.empty(shape, dtype=dtype, device=storage.device)
-        self._tile = launch.tile_tokens(storage.page_size, storage.head_dim)
+        self._tile = launch.tile_tokens(storage.page_size, storage.head_dim, dtype.itemsize)
 
     @staticmethod
     def bytes_of(tokens: int, *, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
