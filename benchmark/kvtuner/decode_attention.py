@@ -77,6 +77,7 @@ class Shape:
             prefix_lens=torch.full((batch,), prefix_len, dtype=torch.int32),
             packed_end=torch.full((batch,), self.packed * PAGE, dtype=torch.int32),
             pages=(torch.randperm(whole * batch) + 1).to(torch.int32).view(batch, whole),
+            most_queries=1,
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from harness.kernels import cpu_kernels
 from sglang.kernels.jit.utils.compile import toolchain
 from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
-from sglang.srt.kvtuner.attention.dispatch import choose_kernels
+from sglang.srt.kvtuner.attention.dispatch import make_kernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
@@ -142,7 +142,7 @@ def chosen(caplog):
         dtype=torch.float32,
         device="cpu",
     )
-    return choose_kernels(storage, formats), caplog.text
+    return make_kernels(storage, formats), caplog.text
 
 
 def test_without_ninja_the_reference_serves_and_says_so(cold, caplog):
