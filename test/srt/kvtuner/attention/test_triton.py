@@ -14,7 +14,11 @@ ROOT = HERE.parents[3]
 
 @pytest.mark.parametrize(
     "tests, least",
-    [(("test_kernels.py", "-k", "triton"), 100), (("test_triton_steps.py",), 10)],
+    [
+        (("test_kernels.py", "-k", "triton"), 100),
+        (("test_triton_steps.py",), 10),
+        (("test_nonfinite.py", "-k", "triton and packed_bytes and 16"), 2),
+    ],
     ids=lambda value: str(value)[2:14],
 )
 def test_in_the_interpreter(tests, least):

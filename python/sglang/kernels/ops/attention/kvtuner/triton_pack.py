@@ -70,7 +70,7 @@ def _bfloat16_bits(x):
     """Rounded half to even, on the bits, since Triton's interpreter truncates; a NaN stays one."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded) & 0xFFFF
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded) & 0xFFFF
 
 
 @triton.jit
