@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.cache.storage import CacheStorage
+from sglang.srt.kvtuner.config.compatibility import KERNELS_VARIABLE as VARIABLE
 from sglang.srt.kvtuner.format.formats import LayerFormat
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "SGLANG_KVTUNER_KERNELS"
 REFERENCE = "reference"
 
 _TRITON = ("triton", "sglang.srt.kvtuner.attention.triton", "TritonKernels")
