@@ -36,11 +36,63 @@ def test_defaults(model, caplog):
     with caplog.at_level(logging.INFO, logger="sglang.srt.arg_groups.kvtuner_hook"):
         args.resolve_once()
     settled = args.resolved_dict()
-    assert settled["page_size"] == 64 and settled["attention_backend"] == "torch_native"
+    assert settled["page_size"] == 64 and settled["attention_backend"] == "kvtuner"
     # Said by us: what upstream itself would choose depends on the machine.
-    assert dict(args._resolved_overrides)["handle_kvtuner"] == {"page_size": 64, "attention_backend": "torch_native"}
+    assert dict(args._resolved_overrides)["handle_kvtuner"] == {"page_size": 64, "attention_backend": "kvtuner"}
     assert args.page_size is None and args.attention_backend is None, "the input is left as it was given"
     assert "4 layers K4V4, symmetric, K per token g64, V per token g64, page 64, residual 128" in caplog.text
+
+
+@pytest.mark.parametrize("field", ("attention_backend", "prefill_attention_backend", "decode_attention_backend"))
+def test_the_backend_by_its_name(model, field):
+    flag = "--" + field.replace("_", "-")
+    args = prepare_server_args(["--model-path", model, "--device", "cpu", "--enable-kvtuner-quant", flag, "kvtuner"])
+    args.resolve_once()
+    settled = args.resolved_dict()
+    assert settled["attention_backend"] == "kvtuner" and settled[field] == "kvtuner"
+    message = refusal(model, enable_kvtuner_quant=False, **{field: "kvtuner"})
+    assert message.startswith(f"{flag} is 'kvtuner', ") and "add --enable-kvtuner-quant" in message
+
+
+def test_another_backend_is_refused_with_the_valid_one(model):
+    assert "use kvtuner, or drop" in refusal(model, attention_backend="triton")
+
+
+@pytest.mark.parametrize(
+    "asked, decode, prefill",
+    [
+        ({}, "full", None),
+        ({"cuda_graph_backend_decode": "breakable"}, "breakable", None),
+        ({"cuda_graph_backend_prefill": "breakable"}, "full", "breakable"),
+        ({"cuda_graph_config": {"decode": {"backend": "disabled"}, "prefill": {"backend": "disabled"}}}, "disabled", "disabled"),
+        ({"disable_cuda_graph": True}, "disabled", "disabled"),
+        ({"cuda_graph_max_bs_decode": 24, "disable_cuda_graph_padding": True, "debug_cuda_graph": True}, "full", None),
+    ],
+)  # fmt: skip
+def test_cuda_graphs_pass_through(model, asked, decode, prefill):
+    graphs = resolve(model, device="cuda", **asked)["cuda_graph_config"]
+    assert graphs["decode"]["backend"] == decode
+    assert prefill in (None, graphs["prefill"]["backend"])
+    assert asked.get("cuda_graph_max_bs_decode") in (None, graphs["decode"]["max_bs"])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"cuda_graph_backend_prefill": "full"}, {"cuda_graph_config": {"prefill": {"backend": "full"}}}],
+)
+def test_prefill_graphs_without_breaks_are_refused(model, asked):
+    assert refusal(model, **asked).startswith("--cuda-graph-backend-prefill, ")
+
+
+def test_no_decode_graphs_where_the_reference_serves(model, caplog):
+    """A page of 8 tokens does not fill vectors, which Triton's kernels need."""
+    with caplog.at_level(logging.WARNING, logger="sglang.srt.arg_groups.kvtuner_hook"):
+        settled = resolve(model, device="cuda", page_size=8)
+    assert settled["cuda_graph_config"]["decode"]["backend"] == "disabled"
+    assert "CUDA graphs of decode steps are off" in caplog.text and "do not fill vectors" in caplog.text
+    message = refusal(model, device="cuda", page_size=8, cuda_graph_backend_decode="full")
+    assert message.startswith("--cuda-graph-backend-decode, ") and "do not fill vectors" in message
+    resolve(model, device="cuda", page_size=8, cuda_graph_backend_decode="disabled")
 
 
 def test_the_device_is_checked(model, monkeypatch):

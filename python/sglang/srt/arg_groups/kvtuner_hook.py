@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.kvtuner.config.compatibility import ATTENTION_BACKEND, ATTENTION_BACKEND_FIELDS
 from sglang.srt.kvtuner.config.flags import FLAGS, SWITCH, KVTunerConfig, KVTunerConfigError, shown
 
 if TYPE_CHECKING:
@@ -53,10 +54,34 @@ def handle_kvtuner(server_args: Any) -> None:
     )
     _refuse_windows_beyond_memory(cache_format, view, model_config)
     warn_of_mismatch(config, server_args.model_path, page_size)
-    # torch_native is upstream's backend without CUDA graphs and Triton helpers, which is what the reference needs
-    # around it; the attention itself is ours (see kvtuner/backend.py).
-    declare_resolution(server_args, _SOURCE, page_size=page_size, attention_backend="torch_native")
+    graphs = _settle_cuda_graphs(server_args, view, cache_format)
+    declare_resolution(server_args, _SOURCE, page_size=page_size, attention_backend=ATTENTION_BACKEND, **graphs)
     logger.info("Quantized KV cache: %s", cache_format.describe())
+
+
+def _settle_cuda_graphs(server_args: Any, view: Any, cache_format: CacheFormat) -> dict[str, Any]:
+    """The graphs' configuration where it cannot stay as it is; a request of the user's that cannot be met is refused."""
+    from sglang.srt.kvtuner.attention.dispatch import why_no_decode_graphs
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    graphs = view.cuda_graph_config
+    if graphs.prefill.backend == Backend.FULL:
+        raise KVTunerConfigError(
+            "--cuda-graph-backend-prefill, or the backend of prefill in --cuda-graph-config, is 'full', which "
+            "--enable-kvtuner-quant does not support; valid are breakable, disabled"
+        )
+    if not str(view.device).startswith("cuda") or graphs.decode.backend == Backend.DISABLED:
+        return {}
+    reason = why_no_decode_graphs(view.device, cache_format.layers)
+    if reason is None:
+        return {}
+    if (Phase.DECODE, "backend") in server_args._cuda_graph_config_locked:
+        raise KVTunerConfigError(
+            "--cuda-graph-backend-decode, or the backend of decode in --cuda-graph-config, is "
+            f"{graphs.decode.backend!r}, but CUDA graphs cannot capture the kernels of this cache ({reason}); valid is disabled"
+        )
+    logger.warning("CUDA graphs of decode steps are off: they cannot capture the kernels of this cache (%s)", reason)
+    return {"cuda_graph_config": with_phase(graphs, Phase.DECODE, backend=Backend.DISABLED)}
 
 
 def _refuse_windows_beyond_memory(cache_format: CacheFormat, view: Any, model_config: Any) -> None:
@@ -92,4 +117,10 @@ def _refuse_flags_without_switch(server_args: Any) -> None:
             raise KVTunerConfigError(
                 f"{flag.name} is {shown(value)} but --enable-kvtuner-quant is missing, so it would have no effect; add "
                 "--enable-kvtuner-quant or leave the flag out"
+            )
+    for field in ATTENTION_BACKEND_FIELDS:
+        if getattr(server_args, field) == ATTENTION_BACKEND:
+            raise KVTunerConfigError(
+                f"--{field.replace('_', '-')} is {ATTENTION_BACKEND!r}, which reads the quantized KV cache alone; add "
+                "--enable-kvtuner-quant or choose another backend"
             )

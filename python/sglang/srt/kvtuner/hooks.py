@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
     from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
     from sglang.srt.kvtuner.cache.sizing import KVTunerPoolConfigurator
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-    from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.server_args import ServerArgs
 
 
@@ -77,10 +75,14 @@ def build_configurator(kvc: KVCacheConfigurator) -> KVTunerPoolConfigurator:
 
 def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTokenPool) -> KVTunerTokenToKVPool:
     """Allocate the packed pool for the sizes that upstream settled (``sizes.max_total_num_tokens``), with one ring per
-    request slot."""
+    request slot, and register the attention backend that reads it: upstream builds that after the pool, by name."""
+    from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
     from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
     from sglang.srt.kvtuner.cache.sizing import cache_format_of, local_kv_heads
+    from sglang.srt.kvtuner.config.compatibility import ATTENTION_BACKEND
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
+    register_attention_backend(ATTENTION_BACKEND)(KVTunerAttnBackend)
     return KVTunerTokenToKVPool(
         cache_format_of(kvc),
         size=sizes.max_total_num_tokens,
@@ -91,13 +93,6 @@ def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTok
         start_layer=kvc.layer_info.start_layer,
         end_layer=kvc.layer_info.end_layer,
     )
-
-
-def build_attention_backend(model_runner: ModelRunner) -> KVTunerAttnBackend:
-    """Attention over the packed pool of the model runner."""
-    from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
-
-    return KVTunerAttnBackend(model_runner)
 
 
 def contribute_internal_state(scheduler: Any, state: dict) -> None:

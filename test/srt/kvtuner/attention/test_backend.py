@@ -165,7 +165,3 @@ def test_layers_with_a_variant_are_refused_when_the_model_is_loaded():
     )
     with pytest.raises(KVTunerConfigError, match="layer 7 has a sliding window of 128"):
         KVTunerAttnBackend(runner)
-
-
-def test_upstreams_triton_helpers_stay_off():
-    assert not Server(16).backend.support_triton()

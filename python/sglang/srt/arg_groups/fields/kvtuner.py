@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from sglang.srt.arg_groups.arg_utils import A, Arg
+from sglang.srt.arg_groups.choices import add_attention_backend_choices
+from sglang.srt.kvtuner.config.compatibility import ATTENTION_BACKEND
 from sglang.srt.kvtuner.config.flags import FLAGS, SWITCH, Flag
 
 
@@ -14,6 +16,8 @@ def _metadata(flag: Flag) -> Arg:
         return Arg(action="store", action_kwargs=flag.argument())
     return Arg(help=flag.help, choices=list(flag.choices) or None)
 
+
+add_attention_backend_choices([ATTENTION_BACKEND])
 
 KVTuner = msgspec.defstruct(
     "KVTuner",

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 class KVTunerAttnBackend(AttentionBackend):
     """One path for prefill, chunked prefill, mixed batches and decode: each request of a batch adds one or more tokens to
-    those before (steps.py)."""
+    those before (steps.py).
+
+    In CUDA graphs of decode steps the plan is the first launch: a graph that is replayed plans its step itself, from upstream's
+    static inputs. Layers read the plan and those inputs alone, never the request table, which upstream may write for the next
+    batch as soon as the plan is made. Padded rows are requests of one token in slot 0, whose ring and page 0 belong to nobody.
+    Graphs of prefills break at attention, which plans and runs as without them.
+    """
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -33,18 +39,40 @@ class KVTunerAttnBackend(AttentionBackend):
             req_generation=requests.req_generation,
         )
         self.pool.attention = self._kernels.name
+        # Upstream copies the lengths of a decode batch to the host for who asks, which waits for the device.
+        self.needs_cpu_seq_lens = not self._kernels.graph_safe
         self._plan: Any = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the batch once; all layers share the plan."""
         self._plan = self._kernels.plan(self._step(forward_batch))
 
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Make room for decode graphs of up to ``max_bs`` rows. Raises RuntimeError where the kernels cannot be captured."""
+        if not self._kernels.graph_safe:
+            raise RuntimeError(
+                f"CUDA graphs cannot capture the {self._kernels.name}, which serves the quantized KV cache here (the log says "
+                "why); start with --cuda-graph-backend-decode disabled"
+            )
+        self._planner.allocate(max(max_bs, self._planner.max_rows))
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """A padded row has its own token and nothing before it."""
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Nothing: a decode step costs the host no more than its replay."""
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Plan a decode step from upstream's static inputs; captured with the layers."""
+        self.init_forward_metadata(forward_batch)
+
     def _step(self, batch: ForwardBatch) -> StepPlan:
         mode = batch.forward_mode
         if mode.is_idle():
             return self._planner.plan((), (), ())
         if mode.is_decode():
-            known = batch.seq_lens_cpu
+            known = batch.seq_lens_cpu if self.needs_cpu_seq_lens else None
             most_tokens = int(known.max()) if known is not None else None
             return self._planner.plan_decode(batch.req_pool_indices, batch.seq_lens, most_tokens)
         if mode.is_extend():
@@ -71,6 +99,3 @@ class KVTunerAttnBackend(AttentionBackend):
 
     # One token per request is a step like any other.
     forward_decode = forward_extend
-
-    def support_triton(self) -> bool:
-        return False

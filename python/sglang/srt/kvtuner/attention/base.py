@@ -19,10 +19,12 @@ class KernelsUnavailable(RuntimeError):
 class Kernels(ABC):
     """Attention over one cache, and storing into it.
 
-    name: for logs and reports. planner_class: what makes the plans of its steps.
+    name: for logs and reports. planner_class: what makes the plans of its steps. graph_safe: a decode step, plan included, is
+    nothing but launches over buffers that stay where they are, so that CUDA graphs can replay it.
     """
 
     name: str
+    graph_safe: ClassVar[bool] = False
     planner_class: ClassVar[type[StepPlanner]] = StepPlanner
 
     def __init__(self, storage: CacheStorage) -> None:

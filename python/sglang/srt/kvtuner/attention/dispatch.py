@@ -25,9 +25,11 @@ _KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-def choose_kernels(device: str, formats: Sequence[LayerFormat]) -> tuple[type[Kernels], list[str]]:
-    """The best implementation for a cache of ``formats`` on ``device`` ("cpu", "cuda:0"), ready for use, and for each better
-    one why it is not that.
+def choose_kernels(
+    device: str, formats: Sequence[LayerFormat], *, prepare: bool = True
+) -> tuple[type[Kernels], list[str]]:
+    """The best implementation for a cache of ``formats`` on ``device`` ("cpu", "cuda:0"), ready for use unless ``prepare`` is
+    False, and for each better one why it is not that.
 
     ``SGLANG_KVTUNER_KERNELS`` leaves one of them: ``reference`` or a name of the table. On a CPU ``triton`` is valid as well,
     for tests, where TRITON_INTERPRET=1 makes Triton interpret its kernels. Raises ValueError for other values than these and
@@ -55,13 +57,20 @@ def choose_kernels(device: str, formats: Sequence[LayerFormat]) -> tuple[type[Ke
         reason = next(filter(None, map(kernels.supports, formats)), None)
         if reason is None:
             try:
-                kernels.prepare()
+                if prepare:
+                    kernels.prepare()
             except KernelsUnavailable as e:
                 reason = str(e)
             else:
                 return kernels, reasons
         reasons.append(reason)
     return ReferenceKernels, reasons
+
+
+def why_no_decode_graphs(device: str, formats: Sequence[LayerFormat]) -> str | None:
+    """Why CUDA graphs cannot capture decode steps over such a cache, or None where they can; asks nothing of the device."""
+    kernels, reasons = choose_kernels(device, formats, prepare=False)
+    return None if kernels.graph_safe else f"{kernels.name}: {'; '.join(reasons)}"
 
 
 def make_kernels(storage: CacheStorage, formats: Sequence[LayerFormat]) -> Kernels:

@@ -40,6 +40,7 @@ class TritonKernels(Kernels):
 
     name = "Triton"
     planner_class = TritonPlanner
+    graph_safe = True
     # Tokens that an extend dequantizes at once; half of them in float32.
     workspace_tokens = 16_384
 

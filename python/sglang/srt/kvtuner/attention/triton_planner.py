@@ -22,6 +22,7 @@ class TritonPlanner(StepPlanner):
     def allocate(self, max_rows: int) -> None:
         """Make buffers for decode steps of up to ``max_rows`` requests, padding included. Not after a graph was captured."""
         device = self.req_to_token.device
+        self.max_rows = max_rows
         self._most_pages = self.req_to_token.shape[1] // self.page_size
         self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._prefix_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
@@ -32,8 +33,8 @@ class TritonPlanner(StepPlanner):
         """As the parent's; one launch, the same whatever ``most_tokens`` is. Raises ValueError for more requests than
         :meth:`allocate` made room for."""
         rows = slots.shape[0]
-        if rows > self._pages.shape[0]:
-            raise ValueError(f"a decode step of {rows} requests; the planner has room for {self._pages.shape[0]}")
+        if rows > self.max_rows:
+            raise ValueError(f"a decode step of {rows} requests; the planner has room for {self.max_rows}")
         plan_decode_kernel[(rows, max(triton.cdiv(self._most_pages, PLAN_PAGES), 1))](
             slots, seq_lens, self.req_to_token, self.req_to_token.stride(0), self.rings.start,
             self._prefix_lens, self._packed_end, self._pages, self._pages.stride(0),

@@ -23,19 +23,20 @@ class RefusedFeature:
 
 
 _OFF_OR_ONE = (None, 1)
+# In upstream's registry and among the choices of its flags.
+ATTENTION_BACKEND = "kvtuner"
+_OWN_ATTENTION = (None, ATTENTION_BACKEND)
+ATTENTION_BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 REFUSED_FEATURES = (
     RefusedFeature("kv_cache_dtype", "--kv-cache-dtype", ("auto",)),
-    RefusedFeature("attention_backend", "--attention-backend"),
-    RefusedFeature("prefill_attention_backend", "--prefill-attention-backend"),
-    RefusedFeature("decode_attention_backend", "--decode-attention-backend"),
+    RefusedFeature("attention_backend", "--attention-backend", _OWN_ATTENTION),
+    RefusedFeature("prefill_attention_backend", "--prefill-attention-backend", _OWN_ATTENTION),
+    RefusedFeature("decode_attention_backend", "--decode-attention-backend", _OWN_ATTENTION),
     RefusedFeature("enable_lean_attention", "--enable-lean-attention"),
     RefusedFeature("enable_fused_qk_norm_rope", "--enable-fused-qk-norm-rope"),
     RefusedFeature("model_impl", "--model-impl", ("auto", "sglang")),
     RefusedFeature("quantization_param_path", "--quantization-param-path"),
-    RefusedFeature("cuda_graph_config", "--cuda-graph-config"),
-    RefusedFeature("cuda_graph_backend_decode", "--cuda-graph-backend-decode", (None, "disabled")),
-    RefusedFeature("cuda_graph_backend_prefill", "--cuda-graph-backend-prefill", (None, "disabled")),
     RefusedFeature("speculative_algorithm", "--speculative-algorithm"),
     RefusedFeature("decoupled_spec_role", "--decoupled-spec-role", (None, "null")),
     RefusedFeature("disaggregation_mode", "--disaggregation-mode", (None, "null")),
