@@ -42,6 +42,7 @@ WHOLE_NAMESPACES = {
 }
 # What must agree of other namespaces. --dtype and --quantization are told as resolved from the model.
 PICKED_FIELDS = (
+    "kvtuner_workspace_tokens",
     *("load_format", "context_length", "json_model_override_args", "model_impl", "kv_cache_dtype"),
     *("modelopt_quant", "quantize_and_serve"),
     *("disable_radix_cache", "radix_eviction_policy", "radix_eviction_policy_config"),
