@@ -3,20 +3,28 @@
 import logging
 import re
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from harness.cache import mixed_format
 from sglang.srt.kvtuner.attention import dispatch
+from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
+from sglang.srt.kvtuner.attention.base import Workload
+from sglang.srt.kvtuner.attention.steps import StepPlanner
+from sglang.srt.kvtuner.attention.triton import TritonKernels
 from sglang.srt.kvtuner.cache import sizing
+from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.cache.sizing import CacheCosts, KVTunerPoolConfigurator
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.kvtuner.hooks import build_configurator, build_pool
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.runtime_context import get_context, get_parallel
+from sglang.srt.runtime_context import get_context
 
 MB = 1 << 20
 
@@ -96,11 +104,16 @@ class FakeRunner:
 class Kernels:
     """Kernels of which sizing sees their need of memory."""
 
-    needed = 0
+    name, planner_class, graph_safe = "fake", StepPlanner, False
+    needed: tuple[KernelMemory, ...] = ()
+    workloads: ClassVar[list[Workload]] = []
+
+    def __init__(self, storage, workload):
+        self.workloads.append(workload)
 
     @classmethod
-    def workspace_bytes(cls, **shape):
-        assert shape == {"heads": 4, "kv_heads": 2, "head_dim": 64} or get_parallel().attn_tp_size > 1
+    def memory(cls, workload):
+        cls.workloads.append(workload)
         return cls.needed
 
 
@@ -121,14 +134,58 @@ def serve(monkeypatch):
         published.pop()()
 
 
-def test_the_workspace_of_the_kernels_is_not_for_pages(serve, monkeypatch, caplog):
+def test_what_kernels_take_is_not_for_pages(serve, monkeypatch, caplog):
     caplog.set_level("INFO")
     plain, _ = serve(16 * MB, max_running_requests=4).settle()
-    assert "workspace" not in caplog.text
-    monkeypatch.setattr(Kernels, "needed", 5 * MB)
-    config, pool = serve(21 * MB, max_running_requests=4).settle()
+    assert "beside the cache" not in caplog.text
+    monkeypatch.setattr(Kernels, "needed", (KernelMemory("a workspace", 5 * MB), KernelMemory("plans", MB, 2 * MB)))
+    config, pool = serve(
+        (16 + 5 + 1 + 5 * 2) * MB, max_running_requests=4
+    ).settle()  # four requests and the padding slot
     assert config.max_total_num_tokens == plain.max_total_num_tokens == pool.size
-    assert "beside 0.005 GB for the kernels' workspace" in caplog.text
+    assert "0.016 GB beside the cache (a workspace 0.005 GB, plans 0.011 GB)" in caplog.text
+
+
+@pytest.mark.parametrize("per_slot", [1000, 300_000])
+def test_requests_share_a_fifth_with_what_kernels_take_for_them(serve, monkeypatch, per_slot):
+    monkeypatch.setattr(Kernels, "needed", (KernelMemory("workspace", 3 * MB), KernelMemory("plans", 0, per_slot)))
+    runner = serve(23 * MB)
+    config, pool = runner.settle()
+    ring = pool.storage.ring_bytes() // pool.storage.num_slots
+    assert pool.storage.num_slots == int(0.2 * 20 * MB) // (ring + per_slot) == config.max_running_requests + 1
+    taken = allocated(pool) + 3 * MB + pool.storage.num_slots * per_slot
+    assert taken <= runner.budget < taken + allocated(pool) // pool.storage.num_pages
+
+
+def test_kernels_that_leave_no_room_are_named(serve, monkeypatch):
+    monkeypatch.setattr(Kernels, "needed", (KernelMemory("prefill workspace of 7 tokens", 15 * MB),))
+    with pytest.raises(
+        KVTunerConfigError, match=r"attention \(prefill workspace of 7 tokens 0.015 GB\); the KV budget is"
+    ):
+        serve(16 * MB, max_running_requests=4).settle()
+
+
+def test_what_is_counted_is_what_the_backend_makes_kernels_for(serve, monkeypatch):
+    """Also the buffers of the Triton kernels, to the byte; test_triton_steps.py compares those with their counts."""
+    monkeypatch.setattr(Kernels, "workloads", [])
+    runner = serve(16 * MB, max_running_requests=4, kvtuner_workspace_tokens=2048)
+    config, pool = runner.settle()
+    table = ReqToTokenPool(config.max_running_requests, sizing.longest_request(runner), "cpu", False)
+    layers = nn.ModuleList([RadixAttention(4, 64, 0.1, 2, layer_id=i) for i in range(2)])
+    KVTunerAttnBackend(SimpleNamespace(token_to_kv_pool=pool, model=layers, req_to_token_pool=table))
+    assert len(Kernels.workloads) > 2 and set(Kernels.workloads) == {
+        Workload(4, 2, 64, page_size=64, dtype=torch.bfloat16, most_pages=64, workspace_tokens=2048)
+    }
+
+
+def test_the_workspace_of_the_triton_kernels(serve, monkeypatch, caplog):
+    """The flag's tokens in the model's dtype, which two ranks halve with their heads."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(dispatch, "choose_kernels", lambda device, formats: (TritonKernels, []))
+    for ranks, size in ((1, "0.062"), (2, "0.031")):
+        caplog.clear()
+        serve(256 * MB, max_running_requests=4, tp_size=ranks, kvtuner_workspace_tokens=131072).settle()
+        assert f"prefill workspace of 131072 tokens {size} GB, prefill partial results 0.00" in caplog.text
 
 
 def allocated(pool):
