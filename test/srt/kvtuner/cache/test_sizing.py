@@ -143,7 +143,7 @@ def test_what_kernels_take_is_not_for_pages(serve, monkeypatch, caplog):
         (16 + 5 + 1 + 5 * 2) * MB, max_running_requests=4
     ).settle()  # four requests and the padding slot
     assert config.max_total_num_tokens == plain.max_total_num_tokens == pool.size
-    assert "0.016 GB beside the cache (a workspace 0.005 GB, plans 0.011 GB)" in caplog.text
+    assert "16.0 MB beside the cache (a workspace 5.0 MB, plans 11.0 MB)" in caplog.text
 
 
 @pytest.mark.parametrize("per_slot", [1000, 300_000])
@@ -160,7 +160,7 @@ def test_requests_share_a_fifth_with_what_kernels_take_for_them(serve, monkeypat
 def test_kernels_that_leave_no_room_are_named(serve, monkeypatch):
     monkeypatch.setattr(Kernels, "needed", (KernelMemory("prefill workspace of 7 tokens", 15 * MB),))
     with pytest.raises(
-        KVTunerConfigError, match=r"attention \(prefill workspace of 7 tokens 0.015 GB\); the KV budget is"
+        KVTunerConfigError, match=r"attention \(prefill workspace of 7 tokens 15.0 MB\); the KV budget is"
     ):
         serve(16 * MB, max_running_requests=4).settle()
 
@@ -182,10 +182,10 @@ def test_the_workspace_of_the_triton_kernels(serve, monkeypatch, caplog):
     """The flag's tokens in the model's dtype, which two ranks halve with their heads."""
     caplog.set_level("INFO")
     monkeypatch.setattr(dispatch, "choose_kernels", lambda device, formats: (TritonKernels, []))
-    for ranks, size in ((1, "0.062"), (2, "0.031")):
+    for ranks, size in ((1, "64.0"), (2, "32.0")):
         caplog.clear()
         serve(256 * MB, max_running_requests=4, tp_size=ranks, kvtuner_workspace_tokens=131072).settle()
-        assert f"prefill workspace of 131072 tokens {size} GB, prefill partial results 0.00" in caplog.text
+        assert f"prefill workspace of 131072 tokens {size} MB, prefill partial results " in caplog.text
 
 
 def allocated(pool):

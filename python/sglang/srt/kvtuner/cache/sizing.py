@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 RING_SHARE = 0.2
 # Upstream's own upper bound on running requests when nothing is given.
 MOST_REQUESTS = 4096
-GB = 1 << 30
+GB, MB = 1 << 30, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,7 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         return None if requested is None else max(requested, 1)
 
     def _kernels(self, requests: int) -> str:
-        uses = [f"{use.name} {use.bytes(requests + 1) / GB:.3f} GB" for use in self._costs.kernels]
-        return ", ".join(uses)
+        return ", ".join(f"{use.name} {use.bytes(requests + 1) / MB:.1f} MB" for use in self._costs.kernels)
 
     def _log(self, config: MemoryPoolConfig) -> None:
         costs, requests = self._costs, config.max_running_requests
@@ -182,8 +181,8 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         )  # fmt: skip
         if costs.kernels:
             logger.info(
-                "Quantized KV cache attention: %.3f GB beside the cache (%s)",
-                costs.kernel_bytes(requests) / GB, self._kernels(requests),
+                "Quantized KV cache attention: %.1f MB beside the cache (%s)",
+                costs.kernel_bytes(requests) / MB, self._kernels(requests),
             )  # fmt: skip
         full = (packed + rings) // costs.full_token_bytes
         logger.info(
