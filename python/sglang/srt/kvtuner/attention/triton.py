@@ -75,7 +75,7 @@ class TritonKernels(Kernels):
         )
 
     def plan(self, step: StepPlan) -> StepPlan | ExtendPlan:
-        return ExtendPlan.of(step) if step.most_queries > 1 else step
+        return self._workspace.plan(step) if step.most_queries > 1 else step
 
     def attend(
         self, layer: int, plan: StepPlan | ExtendPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float

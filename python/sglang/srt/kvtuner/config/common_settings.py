@@ -54,7 +54,7 @@ PICKED_FIELDS = (
 # Which attention computes, and what schedulers read from the environment. The instruction set of the CPU kernels is not
 # among them: nodes may have different processors, and pages have the same bytes on all.
 VARIABLES = (
-    "SGLANG_KVTUNER_KERNELS",
+    *("SGLANG_KVTUNER_KERNELS", "SGLANG_KVTUNER_PREFILL"),
     *("SGLANG_INIT_NEW_TOKEN_RATIO", "SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS"),
     *("SGLANG_RETRACT_DECODE_STEPS", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "SGLANG_MAX_NEW_TOKENS_LIMIT"),
     *("SGLANG_EXACT_CHUNK_FILL", "SGLANG_RADIX_FORCE_MISS", "SGLANG_REQ_WAITING_TIMEOUT", "SGLANG_REQ_RUNNING_TIMEOUT"),
