@@ -2,31 +2,18 @@
 
 import logging
 import re
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
 
 from harness.cache import mixed_format
-from sglang.srt.kvtuner.attention import dispatch
-from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
-from sglang.srt.kvtuner.attention.base import Workload
-from sglang.srt.kvtuner.attention.steps import StepPlanner
-from sglang.srt.kvtuner.attention.triton import TritonKernels
+from harness.sizing import MB, allocated
 from sglang.srt.kvtuner.cache import sizing
-from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.cache.sizing import CacheCosts, KVTunerPoolConfigurator
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
-from sglang.srt.kvtuner.hooks import build_configurator, build_pool
-from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
-from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.kvtuner.hooks import build_configurator
 from sglang.srt.runtime_context import get_context
-
-MB = 1 << 20
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
@@ -66,130 +53,6 @@ def test_rings_take_at_most_their_share():
         requests = costs.requests_within_share(budget)
         assert requests == 1 or costs.rings_bytes(requests) <= sizing.RING_SHARE * budget
         assert costs.rings_bytes(requests + 1) > sizing.RING_SHARE * budget
-
-
-class FakeRunner:
-    """The parts of upstream's KVCacheConfigurator that sizing goes through: its own methods, and a given budget."""
-
-    config_from_budget = KVCacheConfigurator.config_from_budget
-    resolve_max_num_reqs = KVCacheConfigurator.resolve_max_num_reqs
-    _apply_token_constraints = KVCacheConfigurator._apply_token_constraints
-    _resolve_memory_pool_config = KVCacheConfigurator._resolve_memory_pool_config
-
-    kv_cache_dtype, device, attn_dp_size, mambaish_config = torch.bfloat16, "cpu", 1, None
-    pool_page_size = 64
-
-    def __init__(self, budget, layers=2, kv_heads=2):
-        self.budget = budget
-        self.layer_info = SimpleNamespace(start_layer=0, end_layer=layers)
-        self.model_config = SimpleNamespace(
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            head_dim=64,
-            context_len=4096,
-            get_num_kv_heads=lambda tp, dcp: kv_heads // tp,
-            get_total_num_kv_heads=lambda: kv_heads,
-        )
-
-    def _profile_available_bytes(self, pre_model_load_memory):
-        return self.budget
-
-    def settle(self):
-        """Sizes as a model runner gets them, and the pool that is then built; returns both."""
-        config = self._resolve_memory_pool_config(pre_model_load_memory=0)
-        table = ReqToTokenPool(config.max_running_requests, 64, "cpu", enable_memory_saver=False)
-        return config, build_pool(self, config, table)
-
-
-class Kernels:
-    """Kernels of which sizing sees their need of memory."""
-
-    name, planner_class, graph_safe = "fake", StepPlanner, False
-    needed: tuple[KernelMemory, ...] = ()
-    workloads: ClassVar[list[Workload]] = []
-
-    def __init__(self, storage, workload):
-        self.workloads.append(workload)
-
-    @classmethod
-    def memory(cls, workload):
-        cls.workloads.append(workload)
-        return cls.needed
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Publish server arguments and give back a runner with a budget; extra arguments are flags."""
-    published = []
-    monkeypatch.setattr(dispatch, "choose_kernels", lambda device, formats: (Kernels, []))
-
-    def serve(budget, **flags):
-        override = get_context().override_server_args(enable_kvtuner_quant=True, page_size=64, **flags)
-        override.install()
-        published.append(override.restore)
-        return FakeRunner(budget)
-
-    yield serve
-    while published:
-        published.pop()()
-
-
-def test_what_kernels_take_is_not_for_pages(serve, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    plain, _ = serve(16 * MB, max_running_requests=4).settle()
-    assert "beside the cache" not in caplog.text
-    monkeypatch.setattr(Kernels, "needed", (KernelMemory("a workspace", 5 * MB), KernelMemory("plans", MB, 2 * MB)))
-    config, pool = serve(
-        (16 + 5 + 1 + 5 * 2) * MB, max_running_requests=4
-    ).settle()  # four requests and the padding slot
-    assert config.max_total_num_tokens == plain.max_total_num_tokens == pool.size
-    assert "16.0 MB beside the cache (a workspace 5.0 MB, plans 11.0 MB)" in caplog.text
-
-
-@pytest.mark.parametrize("per_slot", [1000, 300_000])
-def test_requests_share_a_fifth_with_what_kernels_take_for_them(serve, monkeypatch, per_slot):
-    monkeypatch.setattr(Kernels, "needed", (KernelMemory("workspace", 3 * MB), KernelMemory("plans", 0, per_slot)))
-    runner = serve(23 * MB)
-    config, pool = runner.settle()
-    ring = pool.storage.ring_bytes() // pool.storage.num_slots
-    assert pool.storage.num_slots == int(0.2 * 20 * MB) // (ring + per_slot) == config.max_running_requests + 1
-    taken = allocated(pool) + 3 * MB + pool.storage.num_slots * per_slot
-    assert taken <= runner.budget < taken + allocated(pool) // pool.storage.num_pages
-
-
-def test_kernels_that_leave_no_room_are_named(serve, monkeypatch):
-    monkeypatch.setattr(Kernels, "needed", (KernelMemory("prefill workspace of 7 tokens", 15 * MB),))
-    with pytest.raises(
-        KVTunerConfigError, match=r"attention \(prefill workspace of 7 tokens 15.0 MB\); the KV budget is"
-    ):
-        serve(16 * MB, max_running_requests=4).settle()
-
-
-def test_what_is_counted_is_what_the_backend_makes_kernels_for(serve, monkeypatch):
-    """Also the buffers of the Triton kernels, to the byte; test_triton_steps.py compares those with their counts."""
-    monkeypatch.setattr(Kernels, "workloads", [])
-    runner = serve(16 * MB, max_running_requests=4, kvtuner_workspace_tokens=2048)
-    config, pool = runner.settle()
-    table = ReqToTokenPool(config.max_running_requests, sizing.longest_request(runner), "cpu", False)
-    layers = nn.ModuleList([RadixAttention(4, 64, 0.1, 2, layer_id=i) for i in range(2)])
-    KVTunerAttnBackend(SimpleNamespace(token_to_kv_pool=pool, model=layers, req_to_token_pool=table))
-    assert len(Kernels.workloads) > 2 and set(Kernels.workloads) == {
-        Workload(4, 2, 64, page_size=64, dtype=torch.bfloat16, most_pages=64, workspace_tokens=2048)
-    }
-
-
-def test_the_workspace_of_the_triton_kernels(serve, monkeypatch, caplog):
-    """The flag's tokens in the model's dtype, which two ranks halve with their heads."""
-    caplog.set_level("INFO")
-    monkeypatch.setattr(dispatch, "choose_kernels", lambda device, formats: (TritonKernels, []))
-    for ranks, size in ((1, "64.0"), (2, "32.0")):
-        caplog.clear()
-        serve(256 * MB, max_running_requests=4, tp_size=ranks, kvtuner_workspace_tokens=131072).settle()
-        assert f"prefill workspace of 131072 tokens {size} MB, prefill partial results " in caplog.text
-
-
-def allocated(pool):
-    return pool.storage.page_bytes() + pool.storage.sink_bytes() + pool.storage.ring_bytes()
 
 
 @pytest.mark.parametrize("budget", (8 * MB, 20 * MB + 12_345))
