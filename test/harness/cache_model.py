@@ -3,7 +3,9 @@
 import torch
 
 from harness.cache import RequestTable
+from sglang.srt.kvtuner.attention.base import Workload
 from sglang.srt.kvtuner.cache.storage import CacheStorage
+from sglang.srt.kvtuner.config.flags import DEFAULT_WORKSPACE_TOKENS
 from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
 
 
@@ -29,12 +31,12 @@ class Request:
 class CacheModel:
     """Kernels over a cache of ``formats`` (one per layer), and the requests that use it.
 
-    make_kernels: gets the storage, returns the kernels.
+    make_kernels: gets the storage and the workload, returns the kernels.
     """
 
     def __init__(
         self, make_kernels, formats, *, heads, kv_heads, residual, dtype=torch.float32, num_slots=4, num_pages=160,
-        max_pages=32, seed=0,
+        max_pages=32, seed=0, workspace_tokens=DEFAULT_WORKSPACE_TOKENS,
     ):  # fmt: skip
         first = formats[0].key
         self.formats, self.page, self.head_dim = formats, first.page_size, first.head_dim
@@ -49,7 +51,10 @@ class CacheModel:
             dtype=dtype,
             device="cpu",
         )
-        self.kernels = make_kernels(self.storage)
+        self.workload = Workload.over(
+            self.storage, heads=heads, most_pages=max_pages, workspace_tokens=workspace_tokens
+        )
+        self.kernels = make_kernels(self.storage, self.workload)
         self.fill = self.kernels  # stores what steps without attention add
         self.table = RequestTable(self.page, num_slots, num_pages, max_pages, seed)
         self.planner = self.kernels.planner_class(

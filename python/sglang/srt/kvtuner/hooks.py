@@ -61,16 +61,23 @@ def require_same_setup(server_args: ServerArgs) -> None:
 
 
 def build_configurator(kvc: KVCacheConfigurator) -> KVTunerPoolConfigurator:
-    """What decides how many tokens the packed pool holds, beside the workspace of the kernels that will read it."""
+    """What decides how many tokens the packed pool holds, beside what the kernels take that will read it."""
+    from sglang.srt.kvtuner.attention.base import Workload
     from sglang.srt.kvtuner.attention.dispatch import choose_kernels
-    from sglang.srt.kvtuner.cache.sizing import KVTunerPoolConfigurator, cache_format_of, local_heads, local_kv_heads
+    from sglang.srt.kvtuner.cache import sizing
 
-    cache_format = cache_format_of(kvc)
+    cache_format = sizing.cache_format_of(kvc)
     kernels, _ = choose_kernels(kvc.device, cache_format.layers)
-    workspace_bytes = kernels.workspace_bytes(
-        heads=local_heads(kvc), kv_heads=local_kv_heads(kvc), head_dim=kvc.model_config.head_dim
+    workload = Workload(
+        heads=sizing.local_heads(kvc),
+        kv_heads=sizing.local_kv_heads(kvc),
+        head_dim=kvc.model_config.head_dim,
+        page_size=cache_format.page_size,
+        dtype=kvc.kv_cache_dtype,
+        most_pages=sizing.longest_request(kvc) // cache_format.page_size,
+        workspace_tokens=sizing.published_config().workspace_tokens,
     )
-    return KVTunerPoolConfigurator(kvc, cache_format, workspace_bytes)
+    return sizing.KVTunerPoolConfigurator(kvc, cache_format, kernels.memory(workload))
 
 
 def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTokenPool) -> KVTunerTokenToKVPool:
@@ -78,7 +85,7 @@ def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTok
     request slot, and register the attention backend that reads it: upstream builds that after the pool, by name."""
     from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
     from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
-    from sglang.srt.kvtuner.cache.sizing import cache_format_of, local_kv_heads
+    from sglang.srt.kvtuner.cache.sizing import cache_format_of, local_kv_heads, published_config
     from sglang.srt.kvtuner.config.compatibility import ATTENTION_BACKEND
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
@@ -92,6 +99,7 @@ def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTok
         device=kvc.device,
         start_layer=kvc.layer_info.start_layer,
         end_layer=kvc.layer_info.end_layer,
+        workspace_tokens=published_config().workspace_tokens,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from harness.kernels import cpu_kernels
 from sglang.kernels.jit.utils.compile import toolchain
 from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
+from sglang.srt.kvtuner.attention.base import Workload
 from sglang.srt.kvtuner.attention.dispatch import make_kernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.cache.storage import CacheStorage
@@ -142,7 +143,7 @@ def chosen(caplog):
         dtype=torch.float32,
         device="cpu",
     )
-    return make_kernels(storage, formats), caplog.text
+    return make_kernels(storage, formats, Workload.over(storage, heads=1, most_pages=1)), caplog.text
 
 
 def test_without_ninja_the_reference_serves_and_says_so(cold, caplog):

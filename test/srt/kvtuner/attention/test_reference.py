@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.cache_model import CacheModel
 from harness.formats import mixed_layers
+from harness.peak import peak_memory
 from sglang.srt.kvtuner.attention import reference
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 
@@ -23,19 +24,6 @@ class NoQuestions(TorchDispatchMode):
         indices = args[1] if str(func).startswith("aten.index.Tensor") else ()
         assert all(i is None or i.dtype != torch.bool for i in indices), f"{func} with a mask asks the device"
         return func(*args, **(kwargs or {}))
-
-
-def peak_memory(call):
-    """The largest number of bytes that ``call`` had allocated at once."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events, "the profiler saw no allocation"
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def small_parts(monkeypatch, tokens=32, weights=1 << 12):
@@ -100,7 +88,8 @@ def peaks_of_attention(length, heads, kv_heads, queries=300):
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (16, 4)])
 def test_memory_is_what_sizing_counts_whatever_the_prefix(monkeypatch, heads, kv_heads):
     small_parts(monkeypatch, tokens=256, weights=1 << 16)
-    counted = ReferenceKernels.workspace_bytes(heads=heads, kv_heads=kv_heads, head_dim=64)
+    workload = make_model(heads=heads, kv_heads=kv_heads).workload
+    (counted,) = (use.bytes(0) for use in ReferenceKernels.memory(workload))
     short, long = (max(peaks_of_attention(length, heads, kv_heads)) for length in (1024, 8192))
     assert counted / 3 <= long <= counted
     assert long <= 1.01 * short

@@ -1,14 +1,19 @@
 """What is the Triton kernels' own: rounds of an extend, plans on the device, damage that shows. test_triton.py runs them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from harness.cache_model import CacheModel
 from harness.formats import mixed_layers, tensor_format
+from harness.peak import peak_memory
 from sglang.srt.kvtuner.attention import dispatch, triton_extend
+from sglang.srt.kvtuner.attention import triton as triton_kernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
-from sglang.srt.kvtuner.attention.steps import StepPlanner
+from sglang.srt.kvtuner.attention.steps import StepPlan, StepPlanner
 from sglang.srt.kvtuner.attention.triton import TritonKernels, interpreted
+from sglang.srt.kvtuner.attention.triton_planner import TritonPlanner
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.page_codec import pack_pages
 
@@ -17,11 +22,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def make_model(
-    formats=None, heads=3, kv_heads=1, residual=40, dtype=torch.float32, lengths=(300, 30), kernels=TritonKernels
-):
+def make_model(formats=None, heads=3, kv_heads=1, residual=40, dtype=torch.float32, lengths=(300, 30), **settings):
     formats = mixed_layers(16, sinks=4) if formats is None else formats
-    model = CacheModel(kernels, formats, heads=heads, kv_heads=kv_heads, residual=residual, dtype=dtype)
+    model = CacheModel(
+        TritonKernels, formats, heads=heads, kv_heads=kv_heads, residual=residual, dtype=dtype, **settings
+    )
     model.fill = ReferenceKernels(model.storage)
     for slot, length in enumerate(lengths, start=1):
         model.begin(slot)
@@ -40,24 +45,112 @@ def attend_twice(model, first, second, counts, layer):
     return [kernels.attend(layer, kernels.plan(step), q, k, v, 0.2) for kernels in (first, second)]
 
 
-@pytest.mark.parametrize("tokens", [82, 100, 329], ids=lambda n: f"workspace-{n}")
+@pytest.mark.parametrize("tokens", [82, 329], ids=lambda n: f"workspace-{n}")
 def test_rounds_give_what_one_pass_gives(tokens, monkeypatch):
-    """330 tokens of two prefixes, four times the smallest workspace; windows begin within pages, and one within sinks."""
+    """330 tokens of two prefixes, four times the smallest workspace; windows begin within pages, and one within sinks. The first
+    block of queries ends within the first request's."""
     monkeypatch.setattr(triton_extend, "QUERY_BLOCK", 16)
     model = make_model()
-    rounds = TritonKernels(model.storage, workspace_tokens=tokens)
+    rounds = TritonKernels(model.storage, replace(model.workload, workspace_tokens=tokens))
     for layer in range(3):
         one_pass, in_rounds = attend_twice(model, model.kernels, rounds, [20, 7], layer)
         assert (one_pass - in_rounds).norm(dim=-1).max() <= 1e-5 * one_pass.norm(dim=-1).max()
 
 
-def test_the_workspace_is_bounded_and_counted():
-    assert TritonKernels.workspace_tokens == 16_384
+def test_blocks_read_the_prefixes_of_their_requests_alone(monkeypatch):
+    monkeypatch.setattr(triton_extend, "QUERY_BLOCK", 16)
     model = make_model(lengths=())
-    kernels = TritonKernels(model.storage)
-    held = kernels._workspace._rows.nbytes
-    assert held == 2 * 8192 * 64 * 4, "half of the tokens in float32"
-    assert held < TritonKernels.workspace_bytes(heads=3, kv_heads=1, head_dim=64)
+    plan = triton_extend.ExtendPlan.of(model.planner.plan([1, 2, 3], [32, 0, 48], [16, 20, 3]))
+    blocks = [(b.start, b.end, b.prefix_start, b.prefix_end) for b in plan.blocks()]
+    assert blocks == [(0, 16, 0, 32), (16, 32, 32, 32), (32, 39, 32, 80)]
+    assert (plan.prefix_tokens, plan.most_prefix) == (80, 48)
+
+
+def counted(model):
+    """Bytes by use."""
+    return {use.name: use.bytes(model.storage.num_slots) for use in TritonKernels.memory(model.workload)}
+
+
+def held(*holders):
+    """Bytes of the tensors that are attributes of objects."""
+    return sum(value.nbytes for holder in holders for value in vars(holder).values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("dtype, itemsize", [(torch.float32, 4), (torch.float16, 2)])
+@pytest.mark.parametrize("slots", [2, 1500])
+def test_what_is_counted_is_what_is_allocated(slots, dtype, itemsize):
+    model = make_model(heads=6, kv_heads=2, dtype=dtype, lengths=(), num_slots=slots, workspace_tokens=2000)
+    uses = counted(model)
+    assert uses["prefill workspace of 2000 tokens"] == 2 * 2000 * 2 * 64 * itemsize
+    buffers = held(model.kernels, model.kernels._workspace, model.planner, model.planner.rings)
+    assert buffers - held(model.table) == sum(uses.values()) - uses["prefill plans"]
+
+
+@pytest.mark.parametrize("length", [64, 256, 496])
+def test_a_prefill_takes_what_is_counted_whatever_the_prefix(length, monkeypatch):
+    """Kernels, planner, plan and attention of every layer, up to eight times the workspace."""
+    monkeypatch.setattr(triton_extend, "QUERY_BLOCK", 32)
+    model = make_model(lengths=(length,), workspace_tokens=64)
+    q, k, v = torch.randn(10, 3, 64), *torch.randn(2, 10, 1, 64)
+    model.table.extend(1, length + 10)
+    settings = {"page_size": 16, "residual_length": 40}
+    table = {"req_to_token": model.table.req_to_token, "req_generation": model.table.req_generation}
+    found = []
+
+    def prefill():
+        kernels = TritonKernels(model.storage, model.workload)
+        planner = TritonPlanner(**settings, **table)
+        step = planner.plan([1], [length], [10])
+        plan = kernels.plan(step)
+        found[:] = step, [kernels.attend(layer, plan, q, k, v, 0.1) for layer in range(3)]
+
+    taken = peak_memory(prefill) - 3 * q.nbytes
+    uses = counted(model)
+    assert 0 <= sum(uses.values()) - taken <= uses["prefill plans"]
+    step, outputs = found
+    one_pass = TritonKernels(model.storage, replace(model.workload, workspace_tokens=512))
+    for layer, out in enumerate(outputs):
+        expected = one_pass.attend(layer, one_pass.plan(step), q, k, v, 0.1)
+        assert (out - expected).norm(dim=-1).max() <= 1e-5 * expected.norm(dim=-1).max()
+
+
+def test_a_decode_step_takes_nothing_but_its_result():
+    model = make_model(lengths=(100, 30))
+    slots, seq_lens = torch.tensor([1, 2]), torch.tensor([101, 31])
+    for slot, length in zip(slots.tolist(), seq_lens.tolist(), strict=True):
+        model.table.extend(slot, length)
+    q, k, v = torch.randn(2, 3, 64), *torch.randn(2, 2, 1, 64)
+
+    def decode():
+        plan = model.kernels.plan(model.planner.plan_decode(slots, seq_lens))
+        model.kernels.attend(0, plan, q, k, v, 0.1)
+        model.kernels.store(0, plan, k, v)
+
+    assert peak_memory(decode) == q.nbytes
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 64, 128, 132, 170, 400])
+@pytest.mark.parametrize("heads, kv_heads", [(32, 8), (8, 2), (20, 1), (64, 1), (64, 64), (96, 2)])
+def test_parts_of_every_decode_step_have_room(heads, kv_heads, multiprocessors, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_kernels, "_multiprocessors", lambda device: multiprocessors)
+    fixed, per_slot = triton_kernels._parts(heads, kv_heads)
+    blocks = triton_kernels._head_blocks(heads, kv_heads)
+    for slots in (1, 2, 9, 100, 700, 5000):
+        splits = [triton_kernels.decode_splits(rows * blocks, torch.device("cpu")) for rows in range(1, slots + 1)]
+        most = max(rows * (count + 1) for rows, count in enumerate(splits, start=1))
+        assert most <= fixed + slots * per_slot <= 2 * (most + 512 // kv_heads)
+
+
+def test_more_requests_than_there_are_slots_are_refused():
+    model = make_model(lengths=(), num_slots=2)
+    rows = model.kernels._part_lse.shape[0]  # far more, whatever the number of splits
+    q, k, v = torch.zeros(rows, 3, 64), *torch.zeros(2, rows, 1, 64)
+    plan = StepPlan(
+        torch.zeros(rows), torch.zeros(rows + 1), torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, 1), 1
+    )
+    with pytest.raises(ValueError, match=f"a decode step of {rows} requests, 3 heads"):
+        model.kernels.attend(0, plan, q, k, v, 0.1)
 
 
 @pytest.mark.parametrize("half", ["key", "value"])
@@ -122,6 +215,7 @@ def test_decode_plans_keep_their_addresses():
     plans = [
         planner.plan_decode(torch.tensor(slots), torch.ones(len(slots), dtype=torch.int64)) for slots in ([1], [0] * 8)
     ]
+    planner.allocate(4)
     for name in ("query_start", "prefix_lens", "packed_end", "pages"):
         assert len({getattr(plan, name).data_ptr() for plan in plans}) == 1, name
     with pytest.raises(ValueError, match="9 requests; the planner has room for 8"):

@@ -55,6 +55,13 @@ def test_memory_and_capacity(dtype, itemsize):
     assert report["capacity_tokens_full_precision"] == (report["pool_bytes"] + report["ring_bytes"]) // token
 
 
+def test_what_attention_takes_is_reported_by_use():
+    pool = make_pool()
+    assert pool_report(pool)["attention_bytes"] == {}
+    pool.kernel_bytes = {"prefill workspace of 7 tokens": 5}
+    assert pool_report(pool)["attention_bytes"] == {"prefill workspace of 7 tokens": 5}
+
+
 def test_sinks_are_part_of_what_a_token_costs():
     plain, report = pool_report(make_pool()), pool_report(make_pool(sink_length=4))
     assert report["sink_bytes"] == PAGES * 4 * report["bytes_per_token_full_precision"]

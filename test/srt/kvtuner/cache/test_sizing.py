@@ -2,23 +2,18 @@
 
 import logging
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from harness.cache import mixed_format
-from sglang.srt.kvtuner.attention import dispatch
+from harness.sizing import MB, allocated
 from sglang.srt.kvtuner.cache import sizing
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.cache.sizing import CacheCosts, KVTunerPoolConfigurator
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
-from sglang.srt.kvtuner.hooks import build_configurator, build_pool
-from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
-from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.runtime_context import get_context, get_parallel
-
-MB = 1 << 20
+from sglang.srt.kvtuner.hooks import build_configurator
+from sglang.srt.runtime_context import get_context
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
@@ -58,81 +53,6 @@ def test_rings_take_at_most_their_share():
         requests = costs.requests_within_share(budget)
         assert requests == 1 or costs.rings_bytes(requests) <= sizing.RING_SHARE * budget
         assert costs.rings_bytes(requests + 1) > sizing.RING_SHARE * budget
-
-
-class FakeRunner:
-    """The parts of upstream's KVCacheConfigurator that sizing goes through: its own methods, and a given budget."""
-
-    config_from_budget = KVCacheConfigurator.config_from_budget
-    resolve_max_num_reqs = KVCacheConfigurator.resolve_max_num_reqs
-    _apply_token_constraints = KVCacheConfigurator._apply_token_constraints
-    _resolve_memory_pool_config = KVCacheConfigurator._resolve_memory_pool_config
-
-    kv_cache_dtype, device, attn_dp_size, mambaish_config = torch.bfloat16, "cpu", 1, None
-    pool_page_size = 64
-
-    def __init__(self, budget, layers=2, kv_heads=2):
-        self.budget = budget
-        self.layer_info = SimpleNamespace(start_layer=0, end_layer=layers)
-        self.model_config = SimpleNamespace(
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            head_dim=64,
-            context_len=4096,
-            get_num_kv_heads=lambda tp, dcp: kv_heads // tp,
-            get_total_num_kv_heads=lambda: kv_heads,
-        )
-
-    def _profile_available_bytes(self, pre_model_load_memory):
-        return self.budget
-
-    def settle(self):
-        """Sizes as a model runner gets them, and the pool that is then built; returns both."""
-        config = self._resolve_memory_pool_config(pre_model_load_memory=0)
-        table = ReqToTokenPool(config.max_running_requests, 64, "cpu", enable_memory_saver=False)
-        return config, build_pool(self, config, table)
-
-
-class Kernels:
-    """Kernels of which sizing sees their need of memory."""
-
-    needed = 0
-
-    @classmethod
-    def workspace_bytes(cls, **shape):
-        assert shape == {"heads": 4, "kv_heads": 2, "head_dim": 64} or get_parallel().attn_tp_size > 1
-        return cls.needed
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Publish server arguments and give back a runner with a budget; extra arguments are flags."""
-    published = []
-    monkeypatch.setattr(dispatch, "choose_kernels", lambda device, formats: (Kernels, []))
-
-    def serve(budget, **flags):
-        override = get_context().override_server_args(enable_kvtuner_quant=True, page_size=64, **flags)
-        override.install()
-        published.append(override.restore)
-        return FakeRunner(budget)
-
-    yield serve
-    while published:
-        published.pop()()
-
-
-def test_the_workspace_of_the_kernels_is_not_for_pages(serve, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    plain, _ = serve(16 * MB, max_running_requests=4).settle()
-    assert "workspace" not in caplog.text
-    monkeypatch.setattr(Kernels, "needed", 5 * MB)
-    config, pool = serve(21 * MB, max_running_requests=4).settle()
-    assert config.max_total_num_tokens == plain.max_total_num_tokens == pool.size
-    assert "beside 0.005 GB for the kernels' workspace" in caplog.text
-
-
-def allocated(pool):
-    return pool.storage.page_bytes() + pool.storage.sink_bytes() + pool.storage.ring_bytes()
 
 
 @pytest.mark.parametrize("budget", (8 * MB, 20 * MB + 12_345))

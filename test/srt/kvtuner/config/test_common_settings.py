@@ -54,6 +54,7 @@ def test_equal_ranks_differ_in_nothing(model):
         ({"schedule_conservativeness": 0.5}, "--schedule-conservativeness: here 1.0, there 0.5"),
         ({"kvtuner_sink_length": 4}, "sink_length: here 0, there 4 (all layers)"),
         ({"kvtuner_residual_length": 64}, "--kvtuner-residual-length: here 128, there 64"),
+        ({"kvtuner_workspace_tokens": 2048}, "--kvtuner-workspace-tokens: here 16384, there 2048"),
         ({"json_model_override_args": '{"rope_theta": 5.0}'}, "--json-model-override-args: here {}, there "),
     ],
 )

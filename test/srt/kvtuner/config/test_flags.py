@@ -34,6 +34,7 @@ NAMES = {
     "axis_value": "--kvtuner-axis-value",
     "group_size": "--kvtuner-q-group-size",
     "residual_length": "--kvtuner-residual-length",
+    "workspace_tokens": "--kvtuner-workspace-tokens",
 }
 
 
@@ -68,7 +69,7 @@ def test_groups_without_elements(value):
     assert "-1 for the whole head_dim" in refused("group_size", value)
 
 
-@pytest.mark.parametrize("field", ("group_size", "residual_length", "sink_length"))
+@pytest.mark.parametrize("field", ("group_size", "residual_length", "sink_length", "workspace_tokens"))
 @pytest.mark.parametrize("value", (None, "64", 64.0, True))
 def test_numbers_that_are_no_integers(field, value):
     assert "; valid are " in refused(field, value)
@@ -78,6 +79,11 @@ def test_numbers_that_are_no_integers(field, value):
 @pytest.mark.parametrize("value", (-1, -128))
 def test_negative_lengths(field, value):
     assert "integers from 0 to " in refused(field, value)
+
+
+@pytest.mark.parametrize("value", (-1, 0, 1023, 131_073))
+def test_workspaces_that_are_too_small_or_too_large(value):
+    assert "valid are integers from 1024 to 131072" in refused("workspace_tokens", value)
 
 
 @pytest.mark.parametrize("axis", ("axis_key", "axis_value"))
@@ -95,6 +101,8 @@ def test_group_of_minus_one_needs_axis_0(axis):
         {"group_size": -1, "residual_length": 0},
         {"residual_length": 100_000},
         {"sink_length": 4},
+        {"workspace_tokens": 1024},
+        {"workspace_tokens": 131_072},
     ],
 )
 def test_values_that_work(fields):
@@ -115,10 +123,11 @@ def test_from_args_reads_every_flag():
         kvtuner_sink_length=3,
         kvtuner_hadamard_key=True,
         kvtuner_config="preset.yaml",
+        kvtuner_workspace_tokens=2048,
     )
     assert set(given) == set(FLAG_OF_FIELD)
     config = KVTunerConfig.from_args(SimpleNamespace(**given))
-    assert config == KVTunerConfig(8, 2, True, 1, 0, 32, 7, 3, True, "preset.yaml")
+    assert config == KVTunerConfig(8, 2, True, 1, 0, 32, 7, 3, True, "preset.yaml", 2048)
 
 
 @pytest.mark.parametrize("field", sorted(NAMES))

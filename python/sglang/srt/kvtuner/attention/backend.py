@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.kvtuner.attention.base import Workload
 from sglang.srt.kvtuner.attention.dispatch import make_kernels
 from sglang.srt.kvtuner.attention.steps import StepPlan
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
@@ -32,9 +33,16 @@ class KVTunerAttnBackend(AttentionBackend):
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
         self.pool: KVTunerTokenToKVPool = model_runner.token_to_kv_pool
-        refuse_unsupported_layers(m for m in model_runner.model.modules() if isinstance(m, RadixAttention))
+        layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
+        refuse_unsupported_layers(layers)
         storage, requests = self.pool.storage, model_runner.req_to_token_pool
-        self._kernels = make_kernels(storage, self.pool.layer_formats)
+        workload = Workload.over(
+            storage,
+            heads=max(layer.tp_q_head_num for layer in layers),
+            most_pages=requests.req_to_token.shape[1] // storage.page_size,
+            workspace_tokens=self.pool.workspace_tokens,
+        )
+        self._kernels = make_kernels(storage, self.pool.layer_formats, workload)
         self._planner = self._kernels.planner_class(
             page_size=storage.page_size,
             residual_length=storage.residual_length,
@@ -42,6 +50,7 @@ class KVTunerAttnBackend(AttentionBackend):
             req_generation=requests.req_generation,
         )
         self.pool.attention = self._kernels.name
+        self.pool.kernel_bytes = {use.name: use.bytes(storage.num_slots) for use in self._kernels.memory(workload)}
         # Upstream copies the lengths of a decode batch to the host for who asks, which waits for the device.
         self.needs_cpu_seq_lens = not self._kernels.graph_safe
         self._plan: Any = None

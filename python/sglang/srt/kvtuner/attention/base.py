@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from sglang.srt.kvtuner.attention.steps import StepPlan, StepPlanner
+from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
 from sglang.srt.kvtuner.cache.storage import CacheStorage
+from sglang.srt.kvtuner.config.flags import DEFAULT_WORKSPACE_TOKENS
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 
 
 class KernelsUnavailable(RuntimeError):
     """An implementation cannot serve on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What kernels hold memory for, beside request slots, on one rank.
+
+    heads: query heads, the most of a layer. kv_heads, head_dim, page_size, dtype: of the cache, dtype in full precision.
+    most_pages: of the longest request. workspace_tokens: tokens that a prefill dequantizes at once.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+    most_pages: int
+    workspace_tokens: int = DEFAULT_WORKSPACE_TOKENS
+
+    @classmethod
+    def over(
+        cls, storage: CacheStorage, *, heads: int, most_pages: int, workspace_tokens: int = DEFAULT_WORKSPACE_TOKENS
+    ) -> Workload:
+        """The workload of kernels over ``storage``."""
+        shape = (storage.kv_heads, storage.head_dim, storage.page_size)
+        return cls(heads, *shape, storage.dtype, most_pages, workspace_tokens)
 
 
 class Kernels(ABC):
@@ -27,7 +55,8 @@ class Kernels(ABC):
     graph_safe: ClassVar[bool] = False
     planner_class: ClassVar[type[StepPlanner]] = StepPlanner
 
-    def __init__(self, storage: CacheStorage) -> None:
+    def __init__(self, storage: CacheStorage, workload: Workload | None = None) -> None:
+        """Kernels that hold memory need to know their ``workload``."""
         self.storage = storage
 
     @classmethod
@@ -40,9 +69,10 @@ class Kernels(ABC):
         """Build or load what the implementation needs, once per process. Raises KernelsUnavailable where that cannot be."""
 
     @classmethod
-    def workspace_bytes(cls, *, heads: int, kv_heads: int, head_dim: int) -> int:
-        """Upper bound of the device memory that a call takes beside its inputs and its result."""
-        return 0
+    def memory(cls, workload: Workload) -> tuple[KernelMemory, ...]:
+        """The device memory that kernels and their planner hold, and an upper bound of what a step takes beside its inputs and
+        its result."""
+        return ()
 
     def plan(self, step: StepPlan) -> Any:
         """The step in the form that :meth:`attend` and :meth:`store` take; made once for all layers."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sglang.kernels.ops.attention.kvtuner import cpu as ops
-from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
+from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable, Workload
 from sglang.srt.kvtuner.attention.steps import ON_HOST, StepPlan
 from sglang.srt.kvtuner.cache.storage import CacheStorage, LayerStorage, TensorStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
@@ -25,8 +25,8 @@ class CpuKernels(Kernels):
     the classes here.
     """
 
-    def __init__(self, storage: CacheStorage) -> None:
-        super().__init__(storage)
+    def __init__(self, storage: CacheStorage, workload: Workload | None = None) -> None:
+        super().__init__(storage, workload)
         self._module = ops.module()
         check_fields(self._module.field_names())
         self.name = f"C++ ({self._module.body_name()})"

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
+from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable, Workload
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.config.compatibility import KERNELS_VARIABLE as VARIABLE
@@ -73,11 +73,11 @@ def why_no_decode_graphs(device: str, formats: Sequence[LayerFormat]) -> str | N
     return None if kernels.graph_safe else f"{kernels.name}: {'; '.join(reasons)}"
 
 
-def make_kernels(storage: CacheStorage, formats: Sequence[LayerFormat]) -> Kernels:
+def make_kernels(storage: CacheStorage, formats: Sequence[LayerFormat], workload: Workload) -> Kernels:
     """The best kernels over ``storage``; the log says which and, where it is the torch reference, why. Raises as
     :func:`choose_kernels`."""
     kernel_class, reasons = choose_kernels(str(storage.device), formats)
-    kernels = kernel_class(storage)
+    kernels = kernel_class(storage, workload)
     if kernel_class is ReferenceKernels:
         logger.warning(
             "Attention over the quantized KV cache: %s, which is slow (%s)", kernels.name, "; ".join(reasons)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from sglang.srt.kvtuner.attention.base import Kernels
+from sglang.srt.kvtuner.attention.base import Kernels, Workload
 from sglang.srt.kvtuner.attention.prefix import prefix_parts
 from sglang.srt.kvtuner.attention.steps import RequestStep, StepPlan
+from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
 from sglang.srt.kvtuner.cache.storage import TensorStorage
 from sglang.srt.kvtuner.format import page_codec
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
@@ -28,13 +29,14 @@ class ReferenceKernels(Kernels):
         return None
 
     @classmethod
-    def workspace_bytes(cls, *, heads: int, kv_heads: int, head_dim: int) -> int:
+    def memory(cls, workload: Workload) -> tuple[KernelMemory, ...]:
         # In float32: keys and values of a part, with the copies that dequantizing makes; the weights of a block of queries,
         # with the mask; its queries, sums and results, each twice.
-        part = PART_TOKENS * kv_heads * head_dim
+        heads, head_dim = workload.heads, workload.head_dim
+        part = PART_TOKENS * workload.kv_heads * head_dim
         weights = max(MAX_WEIGHTS, heads * PART_TOKENS)
         queries = weights // PART_TOKENS * head_dim
-        return 4 * (8 * part + weights + weights // heads + 6 * queries)
+        return (KernelMemory("dequantized parts", 4 * (8 * part + weights + weights // heads + 6 * queries)),)
 
     def attend(
         self, layer: int, plan: StepPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float

@@ -53,7 +53,7 @@ class StepPlan:
     slots: int64 [requests], request slots. query_start: int32 [requests + 1], each request's first row in the batch, and the
     number of rows. prefix_lens, packed_end: int32 [requests]. pages: int32 [requests, most pages], page ids of every whole page
     that a request has after the step; what follows them is undefined. most_queries: the largest query_len; 1 in decode.
-    host_prefix_lens: prefix_lens on the host, where it knows them: in extends.
+    host_prefix_lens, host_query_start: prefix_lens and query_start on the host, where it knows them: in extends.
     """
 
     slots: torch.Tensor
@@ -63,6 +63,7 @@ class StepPlan:
     pages: torch.Tensor
     most_queries: int = field(metadata=ON_HOST)
     host_prefix_lens: tuple[int, ...] | None = field(default=None, metadata=ON_HOST)
+    host_query_start: tuple[int, ...] | None = field(default=None, metadata=ON_HOST)
 
     @cached_property
     def requests(self) -> list[RequestStep]:
@@ -105,7 +106,7 @@ class StepPlanner:
             max(query_lens, default=0),
             max(map(sum, zip(prefix_lens, query_lens, strict=True)), default=0),
         )
-        return replace(step, host_prefix_lens=tuple(prefix_lens))
+        return replace(step, host_prefix_lens=tuple(prefix_lens), host_query_start=tuple(query_start))
 
     def plan_decode(self, slots: torch.Tensor, seq_lens: torch.Tensor, most_tokens: int | None = None) -> StepPlan:
         """The plan of a decode step; nothing is asked of the host.
@@ -134,6 +135,6 @@ class StepPlanner:
             prefix_lens=prefix_lens,
             packed_end=torch.maximum(aged, self.rings.start[slots]),
             # Copied here, for all layers: while they run, the scheduler may already write the table for the next batch.
-            pages=(self.req_to_token[:, :whole:page][slots] // page).to(torch.int32),
+            pages=self.req_to_token[:, :whole:page][slots].floor_divide_(page).to(torch.int32),
             most_queries=most_queries,
         )

@@ -13,10 +13,11 @@ from sglang.kernels.ops.attention.kvtuner.triton_attend import attend_decode_ker
 from sglang.kernels.ops.attention.kvtuner.triton_merge import merge_splits_kernel
 from sglang.kernels.ops.attention.kvtuner.triton_pack import pack_pages_kernel
 from sglang.kernels.ops.attention.kvtuner.triton_store import store_pages_kernel, store_rows_kernel
-from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
+from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable, Workload
 from sglang.srt.kvtuner.attention.steps import StepPlan
 from sglang.srt.kvtuner.attention.triton_extend import ExtendPlan, Workspace
 from sglang.srt.kvtuner.attention.triton_planner import TritonPlanner
+from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 from sglang.srt.kvtuner.format.layout import VectorLayout
@@ -25,8 +26,8 @@ MOST_HEAD_DIM = 256
 # Of a page of one head, which a program packs as a whole.
 MOST_ELEMENTS = 16_384
 MOST_SPLITS = 32
-# Requests of a decode step whose partial results :meth:`TritonKernels.workspace_bytes` counts.
-MOST_REQUESTS = 1024
+# Programs among which splits share a decode step's pages, on any device: partial results are as many on all ranks.
+MOST_PROGRAMS = 512
 _DOTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -36,21 +37,24 @@ def interpreted() -> bool:
 
 
 class TritonKernels(Kernels):
-    """Attention and storing by Triton, for formats whose codes lie in vectors."""
+    """Attention and storing by Triton, for formats whose codes lie in vectors.
+
+    All that it needs is allocated here, for decode steps of as many requests as the cache has slots: a CUDA graph keeps addresses.
+    """
 
     name = "Triton"
     planner_class = TritonPlanner
     graph_safe = True
-    # Tokens that an extend dequantizes at once; half of them in float32.
-    workspace_tokens = 16_384
 
-    def __init__(self, storage: CacheStorage, workspace_tokens: int | None = None) -> None:
-        super().__init__(storage)
-        # The interpreter multiplies bfloat16 matrices wrongly and truncates what it rounds to bfloat16.
-        self._dtype = torch.float32 if interpreted() and storage.dtype == torch.bfloat16 else storage.dtype
+    def __init__(self, storage: CacheStorage, workload: Workload) -> None:
+        super().__init__(storage, workload)
+        self._dtype = _product_dtype(storage.dtype)
         self._tokens = launch.tile_tokens(storage.page_size, storage.head_dim, self._dtype.itemsize)
-        tokens = self.workspace_tokens * 2 // self._dtype.itemsize if workspace_tokens is None else workspace_tokens
-        self._workspace = Workspace(storage, tokens, self._dtype)
+        self._workspace = Workspace(storage, workload, self._dtype)
+        fixed, per_slot = _parts(workload.heads, workload.kv_heads)
+        parts = (fixed + storage.num_slots * per_slot) * workload.heads
+        self._part_out = torch.empty(parts, storage.head_dim, dtype=torch.float32, device=storage.device)
+        self._part_lse = torch.empty(parts, dtype=torch.float32, device=storage.device)
 
     @classmethod
     def supports(cls, layer: LayerFormat) -> str | None:
@@ -62,16 +66,17 @@ class TritonKernels(Kernels):
             raise KernelsUnavailable("Triton finds no GPU")
 
     @classmethod
-    def workspace_bytes(cls, *, heads: int, kv_heads: int, head_dim: int) -> int:
-        # Either an extend's, or the partial results of a decode step: two parts at least, and about two for every
-        # multiprocessor, of which there are at most 256.
-        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        extend = Workspace.bytes_of(cls.workspace_tokens, **shape, itemsize=2)
-        decode = (2 * MOST_REQUESTS + 512 // kv_heads) * heads * (head_dim + 1) * 4
-        return extend + decode
+    def memory(cls, workload: Workload) -> tuple[KernelMemory, ...]:
+        part_bytes = workload.heads * (workload.head_dim + 1) * 4
+        fixed, per_slot = (parts * part_bytes for parts in _parts(workload.heads, workload.kv_heads))
+        return (
+            *Workspace.memory(workload, _product_dtype(workload.dtype).itemsize),
+            KernelMemory("decode partial results", fixed, per_slot),
+            *TritonPlanner.memory(workload.most_pages),
+        )
 
     def plan(self, step: StepPlan) -> StepPlan | ExtendPlan:
-        return ExtendPlan.of(step) if step.most_queries > 1 else step
+        return self._workspace.plan(step) if step.most_queries > 1 else step
 
     def attend(
         self, layer: int, plan: StepPlan | ExtendPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
@@ -123,10 +128,11 @@ class TritonKernels(Kernels):
         storage, buffers = self.storage, self.storage.layers[layer]
         key, value = buffers.key, buffers.value
         (rows, heads, head_dim), kv_heads = q.shape, storage.kv_heads
-        blocks = kv_heads * triton.cdiv(heads // kv_heads, 16)
+        blocks = _head_blocks(heads, kv_heads)
         parts = decode_splits(rows * blocks, q.device) + 1
-        part_out = torch.empty(rows, heads, parts, head_dim, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(rows, heads, parts, dtype=torch.float32, device=q.device)
+        part_out, part_lse = self._part_out, self._part_lse
+        if rows * heads * parts > len(part_lse):
+            raise ValueError(f"a decode step of {rows} requests, {heads} heads: its kernels were made for less")
         attend_decode_kernel[(rows, blocks, parts)](
             q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], key.pages, value.pages, key.ring, value.ring,
             key.sinks, value.sinks, plan.slots, plan.prefix_lens, plan.packed_end, plan.pages, plan.pages.stride(0),
@@ -139,9 +145,26 @@ class TritonKernels(Kernels):
 
 def decode_splits(programs: int, device: torch.device) -> int:
     """In how many parts a decode step reads packed pages, a power of two: with ``programs`` for each part, about two for every
-    multiprocessor of the device; 4 in the interpreter."""
-    wanted = 4 if interpreted() else 2 * _multiprocessors(device) // programs
-    return min(1 << max(wanted, 1).bit_length() - 1, MOST_SPLITS)
+    multiprocessor of the device; 4 in the interpreter. More than one are at most MOST_PROGRAMS in all."""
+    wanted = 4 * programs if interpreted() else 2 * _multiprocessors(device)
+    return min(1 << max(min(wanted, MOST_PROGRAMS) // programs, 1).bit_length() - 1, MOST_SPLITS)
+
+
+def _parts(heads: int, kv_heads: int) -> tuple[int, int]:
+    """Parts of a decode step that every query head has at most: in any case, and more for each request. Each request has a split
+    and its newest tokens; splits beyond one are at most MOST_PROGRAMS in all blocks of heads."""
+    return MOST_PROGRAMS // _head_blocks(heads, kv_heads), 2
+
+
+def _head_blocks(heads: int, kv_heads: int) -> int:
+    """Programs for the query heads of a request, 16 of one KV head at most in each."""
+    return kv_heads * triton.cdiv(heads // kv_heads, 16)
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which matrices are multiplied, for a cache of ``dtype``."""
+    # The interpreter multiplies bfloat16 matrices wrongly and truncates what it rounds to bfloat16.
+    return torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
 
 
 @cache

@@ -10,6 +10,10 @@ import triton
 from sglang.kernels.ops.attention.kvtuner.triton_launch import PLAN_PAGES
 from sglang.kernels.ops.attention.kvtuner.triton_plan import plan_decode_kernel
 from sglang.srt.kvtuner.attention.steps import StepPlan, StepPlanner
+from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
+
+# Columns of an extend's plan while it is made and read, of 4 bytes a request: slots, lengths, sums, what becomes of them.
+_EXTEND_COLUMNS = 24
 
 
 class TritonPlanner(StepPlanner):
@@ -17,10 +21,21 @@ class TritonPlanner(StepPlanner):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self.max_rows = 0
         self.allocate(self.req_to_token.shape[0])
 
+    @staticmethod
+    def memory(most_pages: int) -> tuple[KernelMemory, ...]:
+        """Of the buffers, and of what an extend's plan takes until the next one is made; for requests of up to ``most_pages``."""
+        # query_start, prefix_lens, packed_end, a ring's start; query_start has one element more.
+        held = KernelMemory("decode plans", 4, 4 * (4 + most_pages))
+        return held, KernelMemory("prefill plans", 4 * _EXTEND_COLUMNS, 4 * (_EXTEND_COLUMNS + most_pages))
+
     def allocate(self, max_rows: int) -> None:
-        """Make buffers for decode steps of up to ``max_rows`` requests, padding included. Not after a graph was captured."""
+        """Make buffers for decode steps of up to ``max_rows`` requests, padding included, unless there is room for them. Not
+        after a graph was captured."""
+        if max_rows <= self.max_rows:
+            return
         device = self.req_to_token.device
         self.max_rows = max_rows
         self._most_pages = self.req_to_token.shape[1] // self.page_size

@@ -8,14 +8,16 @@ import torch
 
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.config.cache_format import CacheFormat
+from sglang.srt.kvtuner.config.flags import DEFAULT_WORKSPACE_TOKENS
 from sglang.srt.mem_cache.memory_pool import KVCache
 
 
 class KVTunerTokenToKVPool(KVCache):
     """KV cache of packed pages.
 
-    size: usable tokens. format: of all layers of the model; layer_formats: of this rank's. storage: the buffers. attention:
-    what reads the pool, for reports; set by the attention backend.
+    size: usable tokens. format: of all layers of the model; layer_formats: of this rank's. storage: the buffers.
+    workspace_tokens: of what reads the pool. attention: its name, kernel_bytes: its memory by use; both for reports, and set by
+    the attention backend.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class KVTunerTokenToKVPool(KVCache):
         device: str,
         start_layer: int,
         end_layer: int,
+        workspace_tokens: int = DEFAULT_WORKSPACE_TOKENS,
     ) -> None:
         # dtype is what the buffers hold. It also keeps upstream's fused rope-and-store kernels, which write bf16 rows
         # through get_key_buffer, away from packed pages.
@@ -43,8 +46,10 @@ class KVTunerTokenToKVPool(KVCache):
             end_layer=end_layer,
         )
         self.format = cache_format
+        self.workspace_tokens = workspace_tokens
         self.layer_formats = cache_format.layers[start_layer:end_layer]
         self.attention = "none yet"
+        self.kernel_bytes: dict[str, int] = {}
         self.storage = CacheStorage.allocate(
             self.layer_formats,
             num_pages=size // cache_format.page_size + 1,

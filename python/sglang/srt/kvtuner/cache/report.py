@@ -10,8 +10,9 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
 
     stored_bits*: bits of the packed buffers per element that they can hold. sink_bits: what sinks add to that.
     bytes_per_token*: of this rank. pool_bytes: packed pages and sinks. capacity_tokens_full_precision: tokens of an
-    unquantized cache in the same memory (pages, sinks and rings). nonfinite_blocks: see CacheStorage; where it is not 0, the
-    model made keys or values that are NaN or infinite, and requests that read those pages get NaN.
+    unquantized cache in the same memory (pages, sinks and rings). attention_bytes: what attention takes beside it, by use.
+    nonfinite_blocks: see CacheStorage; where it is not 0, the model made keys or values that are NaN or infinite, and requests
+    that read those pages get NaN.
     """
     storage = pool.storage
     tokens = storage.num_pages * pool.page_size
@@ -26,6 +27,7 @@ def pool_report(pool: KVTunerTokenToKVPool) -> dict:
         "format": pool.format.describe(),
         "format_digest": pool.format.digest(),
         "attention": pool.attention,
+        "attention_bytes": pool.kernel_bytes,
         "average_bits_key": nominal_key,
         "average_bits_value": nominal_value,
         "hadamard_key_layers": sum(layer.key.hadamard > 0 for layer in pool.format.layers),

@@ -1,13 +1,19 @@
-"""How many tokens fit: exact bytes of packed pages, sinks and rings, and upstream's sizing interface on top of them."""
+"""How many tokens fit: exact bytes of packed pages, sinks, rings and kernels, and upstream's sizing interface on top of them.
+
+The budget is what --mem-fraction-static leaves beside weights. What CUDA graphs and activations take is not in it: where the
+fraction is not given, upstream chooses it with room for both (arg_groups/memory_hook.py). What attention holds and takes is
+counted here.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
 from sglang.srt.kvtuner.config.cache_format import CacheFormat
-from sglang.srt.kvtuner.config.flags import KVTunerConfigError
+from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
 from sglang.srt.kvtuner.config.limits import LEAST_PAGES, least_tokens, require_enough_tokens
 from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig, MemoryPoolConfigurator
 
@@ -20,7 +26,7 @@ logger = logging.getLogger(__name__)
 RING_SHARE = 0.2
 # Upstream's own upper bound on running requests when nothing is given.
 MOST_REQUESTS = 4096
-GB = 1 << 30
+GB, MB = 1 << 30, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class CacheCosts:
 
     page_bytes: one packed page with its sinks, all local layers. ring_bytes: one request's ring, all local layers.
     full_token_bytes: one token of an unquantized cache. page_size: tokens of a page. sink_bytes: what of page_bytes is
-    for sinks.
+    for sinks. kernels: what attention takes beside the cache.
     """
 
     page_bytes: int
@@ -37,6 +43,7 @@ class CacheCosts:
     full_token_bytes: int
     page_size: int
     sink_bytes: int = 0
+    kernels: tuple[KernelMemory, ...] = ()
 
     @classmethod
     def of(
@@ -60,14 +67,21 @@ class CacheCosts:
         """Rings of ``requests`` requests; one more belongs to upstream's padding slot."""
         return (requests + 1) * self.ring_bytes
 
+    def kernel_bytes(self, requests: int) -> int:
+        """What kernels take for ``requests`` requests and the padding slot."""
+        return sum(use.bytes(requests + 1) for use in self.kernels)
+
     def tokens_within(self, budget: int, requests: int) -> int:
-        """Tokens in whole pages that fit ``budget`` bytes beside the rings of ``requests`` requests; 0 if none do."""
-        pages = (budget - self.rings_bytes(requests)) // self.page_bytes - 1  # page 0 pads
+        """Tokens in whole pages that fit ``budget`` bytes beside rings and kernels of ``requests`` requests; 0 if none do."""
+        rest = budget - self.rings_bytes(requests) - self.kernel_bytes(requests)
+        pages = rest // self.page_bytes - 1  # page 0 pads
         return max(pages, 0) * self.page_size
 
     def requests_within_share(self, budget: int) -> int:
-        """Requests whose rings take at most RING_SHARE of ``budget``; at least 1."""
-        return max(int(budget * RING_SHARE) // self.ring_bytes - 1, 1)
+        """Requests that take at most RING_SHARE of ``budget``, rings and kernels, beside what kernels take in any case; at
+        least 1."""
+        share = int((budget - sum(use.fixed for use in self.kernels)) * RING_SHARE)
+        return max(share // (self.ring_bytes + sum(use.per_slot for use in self.kernels)) - 1, 1)
 
 
 @dataclass
@@ -81,18 +95,17 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
     """Sizes the packed pool: what its kernels need and rings for all running requests first, packed pages with the rest of
     the budget."""
 
-    def __init__(self, kvc: KVCacheConfigurator, cache_format: CacheFormat, workspace_bytes: int) -> None:
+    def __init__(self, kvc: KVCacheConfigurator, cache_format: CacheFormat, kernels: tuple[KernelMemory, ...]) -> None:
         self._kvc = kvc
         self._format = cache_format
-        self._workspace_bytes = workspace_bytes
-        self._costs = costs_of(kvc, cache_format)
+        self._costs = replace(costs_of(kvc, cache_format), kernels=kernels)
         self._requests: int | None = None
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
         """Tokens and ring requests for a budget in bytes.
 
-        Raises KVTunerConfigError when rings leave no room for the pages of a request, and RuntimeError when ranks loaded
-        different weights.
+        Raises KVTunerConfigError when rings and kernels leave no room for the pages of a request, and RuntimeError when ranks
+        loaded different weights.
         """
         from sglang.srt.kvtuner.config.agreement import require_agreement
         from sglang.srt.kvtuner.config.common_settings import weights_of
@@ -100,7 +113,6 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         # Every rank comes straight from upstream's collective memory profiling, so they arrive together. Settings were
         # compared before the model was loaded; a model that is loaded by name has its files only now.
         require_agreement(lambda: weights_of(self._format, self._kvc.model_config))
-        available_bytes -= self._workspace_bytes
         requested = self._requested_requests()
         if requested is not None:
             requests = requested
@@ -110,10 +122,12 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
             requests = max(min(requests, self._kvc.resolve_max_num_reqs(tokens)), 1)
         tokens = self._costs.tokens_within(available_bytes, requests)
         if tokens < least_tokens(self._costs.page_size):
+            kernels = self._kernels(requests)
             raise KVTunerConfigError(
                 f"--max-running-requests {requests} and --kvtuner-residual-length {self._format.residual_length} need "
                 f"{self._costs.rings_bytes(requests) / GB:.2f} GB for residual windows, beside at least {LEAST_PAGES} packed "
-                f"pages; the KV budget is {available_bytes / GB:.2f} GB{self._workspace()}. Lower one of them, or raise --mem-fraction-static"
+                f"pages{f' and attention ({kernels})' if kernels else ''}; the KV budget is {available_bytes / GB:.2f} GB. "
+                "Lower one of them, or raise --mem-fraction-static"
             )
         self._requests = requests
         return KVTunerMemoryPoolConfig(max_total_num_tokens=tokens, ring_requests=requests)
@@ -143,10 +157,8 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         requested = get_schedule().max_running_requests
         return None if requested is None else max(requested, 1)
 
-    def _workspace(self) -> str:
-        return (
-            f" beside {self._workspace_bytes / GB:.3f} GB for the kernels' workspace" if self._workspace_bytes else ""
-        )
+    def _kernels(self, requests: int) -> str:
+        return ", ".join(f"{use.name} {use.bytes(requests + 1) / MB:.1f} MB" for use in self._costs.kernels)
 
     def _log(self, config: MemoryPoolConfig) -> None:
         costs, requests = self._costs, config.max_running_requests
@@ -160,14 +172,18 @@ class KVTunerPoolConfigurator(MemoryPoolConfigurator):
         )  # fmt: skip
         logger.info(
             "Quantized KV cache memory: packed pages %.3f GB (%d pages of %d tokens, %d bytes each%s), residual windows "
-            "%.3f GB (%d requests and 1 padding slot, %d tokens, %d bytes each; %.1f%% of the sum)%s%s",
+            "%.3f GB (%d requests and 1 padding slot, %d tokens, %d bytes each; %.1f%% of the sum)%s",
             packed / GB, pages, costs.page_size, costs.page_bytes,
             f", {costs.sink_bytes} of them for sinks" if costs.sink_bytes else "",
             rings / GB, requests, self._format.ring_length, costs.ring_bytes, 100 * rings / (packed + rings),
-            self._workspace(),
             "" if self._requested_requests() is not None
             else f"; --max-running-requests was not given, {requests} requests are admitted",
         )  # fmt: skip
+        if costs.kernels:
+            logger.info(
+                "Quantized KV cache attention: %.1f MB beside the cache (%s)",
+                costs.kernel_bytes(requests) / MB, self._kernels(requests),
+            )  # fmt: skip
         full = (packed + rings) // costs.full_token_bytes
         logger.info(
             "Quantized KV cache capacity: max_total_num_tokens=%d, %.2fx the %d tokens of an unquantized cache in the "
@@ -185,20 +201,25 @@ def cache_format_of(kvc: KVCacheConfigurator) -> CacheFormat:
     import torch
 
     from sglang.srt.kvtuner.config.cache_format import build_cache_format
-    from sglang.srt.kvtuner.config.flags import KVTunerConfig
-    from sglang.srt.runtime_context import get_context
 
     if kvc.kv_cache_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise KVTunerConfigError(
             f"the checkpoint asks for a KV cache in {kvc.kv_cache_dtype}, which --enable-kvtuner-quant does not support"
         )
     return build_cache_format(
-        KVTunerConfig.from_args(get_context().config_bag("kvtuner")),
+        published_config(),
         num_layers=kvc.model_config.num_hidden_layers,
         head_dim=kvc.model_config.head_dim,
         page_size=kvc.pool_page_size,
         kv_heads=kvc.model_config.get_total_num_kv_heads(),
     )
+
+
+def published_config() -> KVTunerConfig:
+    """What the server's flags say."""
+    from sglang.srt.runtime_context import get_context
+
+    return KVTunerConfig.from_args(get_context().config_bag("kvtuner"))
 
 
 def costs_of(kvc: KVCacheConfigurator, cache_format: CacheFormat) -> CacheCosts:
@@ -210,6 +231,13 @@ def costs_of(kvc: KVCacheConfigurator, cache_format: CacheFormat) -> CacheCosts:
         kv_heads=local_kv_heads(kvc),
         itemsize=kvc.kv_cache_dtype.itemsize,
     )
+
+
+def longest_request(kvc: KVCacheConfigurator) -> int:
+    """Tokens of a row of upstream's request table."""
+    from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
+
+    return kvc.model_config.context_len + get_req_to_token_extra_context_len()
 
 
 def local_heads(kvc: KVCacheConfigurator) -> int:

@@ -42,6 +42,7 @@ WHOLE_NAMESPACES = {
 }
 # What must agree of other namespaces. --dtype and --quantization are told as resolved from the model.
 PICKED_FIELDS = (
+    "kvtuner_workspace_tokens",
     *("load_format", "context_length", "json_model_override_args", "model_impl", "kv_cache_dtype"),
     *("modelopt_quant", "quantize_and_serve"),
     *("disable_radix_cache", "radix_eviction_policy", "radix_eviction_policy_config"),
@@ -53,7 +54,7 @@ PICKED_FIELDS = (
 # Which attention computes, and what schedulers read from the environment. The instruction set of the CPU kernels is not
 # among them: nodes may have different processors, and pages have the same bytes on all.
 VARIABLES = (
-    "SGLANG_KVTUNER_KERNELS",
+    *("SGLANG_KVTUNER_KERNELS", "SGLANG_KVTUNER_PREFILL"),
     *("SGLANG_INIT_NEW_TOKEN_RATIO", "SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS"),
     *("SGLANG_RETRACT_DECODE_STEPS", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "SGLANG_MAX_NEW_TOKENS_LIMIT"),
     *("SGLANG_EXACT_CHUNK_FILL", "SGLANG_RADIX_FORCE_MISS", "SGLANG_REQ_WAITING_TIMEOUT", "SGLANG_REQ_RUNNING_TIMEOUT"),

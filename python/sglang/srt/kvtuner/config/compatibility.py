@@ -87,6 +87,9 @@ SUPPORTED_DEVICES = ("cpu", "cuda")
 KERNELS_VARIABLE = "SGLANG_KVTUNER_KERNELS"
 # By device; those of attention/dispatch.py, which knows more of them.
 KERNELS = {"cpu": ("auto", "reference", "cpu", "triton"), "cuda": ("auto", "reference", "triton")}
+PREFILL_VARIABLE = "SGLANG_KVTUNER_PREFILL"
+# By device; those of attention/prefill_libraries.py, which knows more of them.
+PREFILLS = {"cpu": ("auto", "triton"), "cuda": ("auto", "triton", "flashinfer", "fa3")}
 INSTRUCTION_SET_VARIABLE = "SGLANG_KVTUNER_CPU_ISA"
 # What Linux calls the processor's features that a body of the C++ kernels is compiled for.
 INSTRUCTION_SETS = {
@@ -130,6 +133,9 @@ def refuse_unsupported_environment(device: str) -> None:
     kind = device.split(":", 1)[0]
     if kernels not in KERNELS[kind]:
         raise KVTunerConfigError(f"{KERNELS_VARIABLE} is {shown(kernels)}; valid are {', '.join(KERNELS[kind])}")
+    prefill = os.environ.get(PREFILL_VARIABLE, "auto")
+    if prefill not in PREFILLS[kind]:
+        raise KVTunerConfigError(f"{PREFILL_VARIABLE} is {shown(prefill)}; valid are {', '.join(PREFILLS[kind])}")
     wanted = os.environ.get(INSTRUCTION_SET_VARIABLE, "")
     if not wanted or kernels == "reference" or kind != "cpu":
         return

@@ -20,6 +20,9 @@ from sglang.srt.kvtuner.format.quantizer import PER_CHANNEL, STORED_BITS
 DEFAULT_PAGE_SIZE = 64
 # Far above every useful value, and small enough for what is computed from it.
 LARGEST_INTEGER = 2**31 - 1
+# Tokens of the workspace of prefills. At the largest, 16,384 elements of a token stay within the 32 bits of upstream's kernel.
+DEFAULT_WORKSPACE_TOKENS = 16_384
+SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 1024, 131_072
 
 
 class KVTunerConfigError(ValueError):
@@ -32,9 +35,9 @@ class Flag:
 
     field: of ServerArgs. attribute: of KVTunerConfig. type: int, bool or str. default: of both. help: for command line
     and documentation. valid: the valid values in words, for messages and documentation. choices: all valid integers.
-    minimum: the smallest valid integer. also: one more valid integer. optional: None is valid. recipe: it says how codes
-    are made and what stays in full precision, which the tuner takes as an argument. layered: layers of a preset may say
-    it, too.
+    minimum, maximum: the smallest and the largest valid integer. also: one more valid integer. optional: None is valid.
+    recipe: it says how codes are made and what stays in full precision, which the tuner takes as an argument. layered: layers
+    of a preset may say it, too.
     """
 
     field: str
@@ -45,6 +48,7 @@ class Flag:
     valid: str
     choices: tuple[int, ...] = ()
     minimum: int = 0
+    maximum: int = LARGEST_INTEGER
     also: int | None = None
     optional: bool = False
     recipe: bool = True
@@ -63,7 +67,7 @@ class Flag:
             return True
         if self.choices:
             return value in self.choices
-        return self.minimum <= value <= LARGEST_INTEGER or value == self.also
+        return self.minimum <= value <= self.maximum or value == self.also
 
     def check(self, value: object) -> None:
         """Raise KVTunerConfigError for a value that the flag does not accept."""
@@ -155,6 +159,14 @@ class KVTunerConfig:
         "Per-layer bits from a KVTuner YAML preset; overrides --kvtuner-nbits-key and --kvtuner-nbits-value.",
         field="kvtuner_config",
         valid="paths of a YAML file",
+        recipe=False,
+    )
+    workspace_tokens: int = _flag(
+        DEFAULT_WORKSPACE_TOKENS,
+        "Tokens that a prefill on a GPU dequantizes at once; longer prefixes come in rounds. No effect on a CPU.",
+        valid=f"integers from {SMALLEST_WORKSPACE} to {LARGEST_WORKSPACE}",
+        minimum=SMALLEST_WORKSPACE,
+        maximum=LARGEST_WORKSPACE,
         recipe=False,
     )
 
