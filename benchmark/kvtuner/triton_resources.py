@@ -144,7 +144,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], options: dict[str, An
 
 def _type_of(argument: str, dtype: str) -> str:
     types = {
-        "*i64": ("slots", "seq_lens"),
+        "*i64": ("slots", "seq_lens", "nonfinite_blocks"),
         "*i32": ("prefix_lens", "packed_end", "pages", "query_start", "prefix_start", "ring_start", "req_to_token"),
         "*u8": ("key_pages", "value_pages", "packed"),
         "*fp32": ("part_out", "part_lse", "lse"),

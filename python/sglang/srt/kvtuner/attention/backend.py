@@ -26,6 +26,9 @@ class KVTunerAttnBackend(AttentionBackend):
     Graphs of prefills break at attention, which plans and runs as without them.
     """
 
+    # Upstream's dummy batches then have no more requests than the cache has slots, which is what plans have room for.
+    extend_dummy_seqs_capped_by_req_pool = True
+
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
         self.pool: KVTunerTokenToKVPool = model_runner.token_to_kv_pool

@@ -19,6 +19,7 @@ from functools import cached_property
 
 import torch
 
+from sglang.srt.kvtuner.cache.host_copy import to_device
 from sglang.srt.kvtuner.cache.residual_window import RingOwners
 
 # Marks what a plan says to the host alone: kernels do not get it.
@@ -98,9 +99,9 @@ class StepPlanner:
         query_start = [0, *itertools.accumulate(query_lens)]
         device = self.req_to_token.device
         step = self._make(
-            torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True),
-            torch.tensor(query_start, dtype=torch.int32).to(device, non_blocking=True),
-            torch.tensor(prefix_lens, dtype=torch.int32).to(device, non_blocking=True),
+            to_device(slots, torch.int64, device),
+            to_device(query_start, torch.int32, device),
+            to_device(prefix_lens, torch.int32, device),
             max(query_lens, default=0),
             max(map(sum, zip(prefix_lens, query_lens, strict=True)), default=0),
         )

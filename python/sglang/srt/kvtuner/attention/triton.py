@@ -97,9 +97,9 @@ class TritonKernels(Kernels):
         requests, heads = plan.slots.shape[0], 2 * storage.kv_heads
         completed = 1 if decode else triton.cdiv(plan.most_queries, storage.page_size)
         store_pages_kernel[(requests, completed, heads)](
-            *rows, key.pages, value.pages, key.ring, value.ring, key.sinks, value.sinks, *step, plan.pages,
-            plan.pages.stride(0), K=key.format, V=value.format, KV_HEADS=storage.kv_heads, RING=storage.ring_length,
-            SINKS=key.sinks.shape[1], DECODE=decode, **launch.pack_options(storage.page_size, storage.head_dim),
+            *rows, key.pages, value.pages, key.ring, value.ring, key.sinks, value.sinks, storage.nonfinite_blocks, *step,
+            plan.pages, plan.pages.stride(0), K=key.format, V=value.format, KV_HEADS=storage.kv_heads,
+            RING=storage.ring_length, SINKS=key.sinks.shape[1], DECODE=decode, **launch.pack_options(storage.page_size, storage.head_dim),
         )  # fmt: skip
         if not decode:
             kept = triton.cdiv(min(plan.most_queries, storage.ring_length), launch.ROW_TOKENS)

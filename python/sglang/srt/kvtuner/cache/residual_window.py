@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang.srt.kvtuner.cache.host_copy import to_device
+
 
 class RingOwners:
     """Where each request slot's ring starts.
@@ -39,5 +41,5 @@ class RingOwners:
                 self._generation[slot] = generation
                 fresh.append((slot, prefix_len))
         if fresh:
-            at, start = torch.tensor(fresh, dtype=torch.int64).t().to(self.start.device, non_blocking=True)
+            at, start = to_device(tuple(zip(*fresh, strict=True)), torch.int64, self.start.device)
             self.start.index_copy_(0, at, start.to(torch.int32))

@@ -41,7 +41,8 @@ def pack_tile(x, block, F: tl.constexpr):
     """Rotate, quantize and pack one page of one head.
 
     x: float of any width, [channels, tokens] for keys, [tokens, channels] for values, the whole page, zeros behind it up to powers of two.
-    block: pointer to the first of its bytes, 4-byte aligned. F: TensorFormat in a vector layout.
+    block: pointer to the first of its bytes, 4-byte aligned. F: TensorFormat in a vector layout. Returns 1 where an element was
+    NaN or infinite, 0 elsewhere.
     """
     RED: tl.constexpr = x.shape[0]
     LANES: tl.constexpr = x.shape[1]
@@ -56,13 +57,15 @@ def pack_tile(x, block, F: tl.constexpr):
     if F.quantized:
         if F.hadamard > 0:
             x = rotate(x, F.hadamard)
-        codes = _quantize(x, block, F, PAGE_RED, PAGE_LANES)
+        codes, nonfinite = _quantize(x, block, F, PAGE_RED, PAGE_LANES)
     else:
         codes = _bfloat16_bits(x)
+        nonfinite = tl.max(tl.where((codes & 0x7F80) == 0x7F80, 1, 0))
     span, lane = tl.arange(0, RED // SPAN), tl.arange(0, LANES)
     parts = tl.reshape(codes, (RED // SPAN, SPAN, LANES)) << code_shifts(SPAN, F.nbits)[None, :, None]
     at = block.to(tl.pointer_type(tl.int32)) + span[:, None] * PAGE_LANES + lane[None, :]
     tl.store(at, tl.sum(parts, 1), mask=(span * SPAN < PAGE_RED)[:, None] & (lane < PAGE_LANES)[None, :])
+    return nonfinite
 
 
 @triton.jit
@@ -75,7 +78,8 @@ def _bfloat16_bits(x):
 
 @triton.jit
 def _quantize(x, block, F: tl.constexpr, PAGE_RED: tl.constexpr, PAGE_LANES: tl.constexpr):
-    """Store scales and zero points of the page's groups; returns offset-binary codes, int32 of x's shape.
+    """Store scales and zero points of the page's groups; returns offset-binary codes, int32 of x's shape, and 1 where one of x was
+    NaN or infinite, 0 elsewhere.
 
     Tiles split into powers of two alone, so that a group of 48 is three parts of 16: each part is reduced, then the parts of a
     group exchange what they found.
@@ -125,7 +129,7 @@ def _quantize(x, block, F: tl.constexpr, PAGE_RED: tl.constexpr, PAGE_LANES: tl.
     codes = _round(tl.minimum(tl.maximum(codes, Q_MIN - 1.0), Q_MAX + 1.0))
     codes = tl.minimum(tl.maximum(codes, Q_MIN), Q_MAX)
     codes = tl.where(tl.expand_dims(broken, AXIS + 1), 0.0, codes)
-    return tl.reshape(codes, (RED, LANES)).to(tl.int32) - Q_MIN
+    return tl.reshape(codes, (RED, LANES)).to(tl.int32) - Q_MIN, tl.max(broken.to(tl.int32))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from sglang.kernels.ops.attention.kvtuner.triton_tile import padded
 @triton.jit
 def store_pages_kernel(
     k, k_row, k_head, v, v_row, v_head, key_pages, value_pages, key_ring, value_ring, key_sinks, value_sinks,
-    slots, query_start, prefix_lens, pages, pages_stride,
+    nonfinite_blocks, slots, query_start, prefix_lens, pages, pages_stride,
     K: tl.constexpr, V: tl.constexpr, KV_HEADS: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """Pack the pages that a step completes, with the sinks of first pages. Grid (requests, most pages of a request,
@@ -22,20 +22,20 @@ def store_pages_kernel(
     kv_head = tl.program_id(2)
     if kv_head < KV_HEADS:
         _store_half(
-            k, k_row, k_head, key_pages, key_ring, key_sinks, slots, query_start, prefix_lens, pages, pages_stride,
-            kv_head, K, KV_HEADS, RING, SINKS, DECODE,
+            k, k_row, k_head, key_pages, key_ring, key_sinks, nonfinite_blocks, slots, query_start,
+            prefix_lens, pages, pages_stride, kv_head, K, KV_HEADS, RING, SINKS, DECODE,
         )  # fmt: skip
     else:
         _store_half(
-            v, v_row, v_head, value_pages, value_ring, value_sinks, slots, query_start, prefix_lens, pages, pages_stride,
-            kv_head - KV_HEADS, V, KV_HEADS, RING, SINKS, DECODE,
+            v, v_row, v_head, value_pages, value_ring, value_sinks, nonfinite_blocks, slots, query_start,
+            prefix_lens, pages, pages_stride, kv_head - KV_HEADS, V, KV_HEADS, RING, SINKS, DECODE,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_half(
-    x, x_row, x_head, packed, ring, sinks, slots, query_start, prefix_lens, pages, pages_stride, kv_head,
-    F: tl.constexpr, KV_HEADS: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, DECODE: tl.constexpr,
+    x, x_row, x_head, packed, ring, sinks, nonfinite_blocks, slots, query_start, prefix_lens, pages, pages_stride,
+    kv_head, F: tl.constexpr, KV_HEADS: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     CHANNELS: tl.constexpr = padded(F.head_dim)
     TOKENS: tl.constexpr = padded(F.page_size)
@@ -72,7 +72,9 @@ def _store_half(
             if index == 0:
                 sink = sinks + ((page * SINKS + token) * KV_HEADS + kv_head) * F.head_dim + channel
                 tl.store(sink, tile, mask=inside & (token < SINKS))
-        pack_tile(tile, packed + (page * KV_HEADS + kv_head) * F.block_bytes, F)
+        nonfinite = pack_tile(tile, packed + (page * KV_HEADS + kv_head) * F.block_bytes, F)
+        if nonfinite != 0:
+            tl.atomic_add(nonfinite_blocks, 1)
 
 
 @triton.jit
