@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sglang.kernels.ops.attention.kvtuner.triton_plan import plan_decode_kernel
 
@@ -65,11 +66,18 @@ class _Operations(TorchDispatchMode):
         by_mask = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
         if name in WAITS or by_mask or str(function) == "aten.repeat_interleave.Tensor":
             raise HostRead(f"torch's {name}")
+        result = function(*args, **(kwargs or {}))
         if name in ALLOCATES:
             self.recording.allocations.append(name)
-        elif not function.is_view:
+        elif function._schema.is_mutable or not _storages(result) <= _storages((args, kwargs)):
+            # Not by the schema alone: reshape, contiguous and to are views of what needs no copy.
             self.recording.launches.append(name)
-        return function(*args, **(kwargs or {}))
+        return result
+
+
+def _storages(values):
+    """Addresses of all tensors' storages."""
+    return {x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ class Decoder:
 def on_a_gpu(monkeypatch):
     """The choice of a GPU, on tensors of the CPU."""
     monkeypatch.setattr(dispatch, "choose_kernels", lambda *_: (TritonKernels, []))
+    monkeypatch.setattr(implementation, "interpreted", lambda: False)
     monkeypatch.setattr(implementation, "_multiprocessors", lambda _: 132)
 
 
@@ -117,6 +118,9 @@ def plan_by_torch(planner, *arguments):
 MUTANTS = {
     "a launch more": ("store", store_twice, "layer 0 launches .*store_pages_kernel.*store_pages_kernel"),
     "an operation of torch": (*before_attending(lambda plan, q: q * 2), "layer 0 launches .*mul"),
+    "a copy": (*before_attending(lambda plan, q: q.contiguous()), "layer 0 launches .*contiguous"),
+    "a conversion": (*before_attending(lambda plan, q: q.to(torch.float64)), "layer 0 launches .*to"),
+    "writing in place": (*before_attending(lambda plan, q: q.zero_()), "layer 0 launches .*zero_"),
     "buffers made anew": (*before_attending(lambda plan, q: torch.empty_like(q)), "it allocates"),
     "item": (*before_attending(lambda plan, q: plan.prefix_lens[0].item()), "item"),
     "int": (*before_attending(lambda plan, q: int(plan.prefix_lens[0])), "int|item|scalar"),
