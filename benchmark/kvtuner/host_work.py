@@ -100,6 +100,8 @@ def launches_end(launcher: str) -> Iterator[None]:
 
     def compile_nothing(kernel: JITFunction, key: str, signature: Any, device: int, *rest: Any) -> _Compiled:
         bound.add(kernel)
+        # As compiling does: globals that the kernel reads, which every launch compares with what they were.
+        assert kernel.cache_key
         compiled, *_ = kernel.device_caches[device]
         return compiled.setdefault(key, _Compiled())
 
