@@ -8,6 +8,10 @@ from torch import nn
 
 from harness.formats import mixed_layers
 from harness.launches import HostRead, recorded
+from sglang.kernels.ops.attention.kvtuner.triton_attend import attend_decode_kernel
+from sglang.kernels.ops.attention.kvtuner.triton_merge import merge_splits_kernel
+from sglang.kernels.ops.attention.kvtuner.triton_plan import plan_decode_kernel
+from sglang.kernels.ops.attention.kvtuner.triton_store import store_pages_kernel
 from sglang.srt.kvtuner.attention import dispatch
 from sglang.srt.kvtuner.attention import triton as implementation
 from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
@@ -94,6 +98,16 @@ def test_the_recorder_sees_what_runs():
         decoder.backend.init_forward_metadata(decoder.batch)
         decoder.backend.forward_decode(*decoder.qkv, decoder.layers[0], decoder.batch)
     assert step.launches == ["plan_decode_kernel", "attend_decode_kernel", "merge_splits_kernel", "store_pages_kernel"]
+
+
+@pytest.mark.skipif(
+    implementation.interpreted(),
+    reason="TRITON_INTERPRET=1 makes kernels that are not compiled, which is what counts here",
+)
+def test_launches_compare_no_globals():
+    """Triton compares the globals that a kernel reads with what they were, in every launch; constants take a microsecond each."""
+    for kernel in (plan_decode_kernel, attend_decode_kernel, merge_splits_kernel, store_pages_kernel):
+        assert kernel.cache_key and not kernel.used_global_vals, kernel.__name__
 
 
 def store_twice(kernels, layer, plan, k, v):
