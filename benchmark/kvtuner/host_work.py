@@ -44,7 +44,7 @@ WARM_UP = 5
 class Result:
     """Host work of one kind of step. step: "eager", a step without CUDA graphs, or "replay", what precedes a replayed one.
 
-    launches: kernels that the step launches. ours, upstream: median times in microseconds; ours_best, upstream_best: shortest
+    launches: kernels that the step launches. ours, upstream: median processor times in microseconds; ours_best, upstream_best: shortest
     times. ratio, ratio_of_best: ours by upstream's.
     """
 
@@ -126,16 +126,16 @@ def count_launches(part: Callable[[], None], launched: list[str]) -> int:
 
 
 def time_in_turns(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Microseconds of ``repeats`` calls each."""
+    """Microseconds of ``repeats`` calls each, of the thread's processor time: other processes disturb that least."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(WARM_UP):
             call()
     for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter_ns()
+            start = time.thread_time_ns()
             call()
-            times[name].append((time.perf_counter_ns() - start) / 1e3)
+            times[name].append((time.thread_time_ns() - start) / 1e3)
     return times
 
 
