@@ -6,8 +6,6 @@ import triton.language as tl
 
 from sglang.kernels.ops.attention.kvtuner.triton_tile import load_tile, padded, rotate
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def attend_decode_kernel(
@@ -41,6 +39,7 @@ def attend_decode_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     prefix_len = tl.load(prefix_lens + row)
     end = tl.load(packed_end + row)
+    LOG2_E: tl.constexpr = 1.4426950408889634
     scale = scaling * LOG2_E
     if split < SPLITS:
         top = tl.full((16,), float("-inf"), tl.float32)

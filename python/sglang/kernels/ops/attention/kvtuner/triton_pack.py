@@ -5,14 +5,6 @@ import triton.language as tl
 
 from sglang.kernels.ops.attention.kvtuner.triton_tile import code_shifts, padded, rotate
 
-FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-FLOAT16_MAX = tl.constexpr(65504.0)
-FLOAT16_STEP = tl.constexpr(2.0**-24)  # the smallest positive one
-FLOAT16_NAN = tl.constexpr(0x7E00)
-# As in format/quantizer.py.
-RANGE_FLOOR = tl.constexpr(1e-5)
-MAX_STORED_ZERO = tl.constexpr(32000.0)
-
 
 @triton.constexpr_function
 def power_of_two_in(n):
@@ -84,6 +76,14 @@ def _quantize(x, block, F: tl.constexpr, PAGE_RED: tl.constexpr, PAGE_LANES: tl.
     Tiles split into powers of two alone, so that a group of 48 is three parts of 16: each part is reduced, then the parts of a
     group exchange what they found.
     """
+    # Within the function: Triton compares a kernel's globals in every launch, which takes the host a microsecond for each.
+    FLOAT32_MAX: tl.constexpr = 3.4028234663852886e38
+    FLOAT16_MAX: tl.constexpr = 65504.0
+    FLOAT16_STEP: tl.constexpr = 2.0**-24  # the smallest positive one
+    FLOAT16_NAN: tl.constexpr = 0x7E00
+    # As in format/quantizer.py.
+    RANGE_FLOOR: tl.constexpr = 1e-5
+    MAX_STORED_ZERO: tl.constexpr = 32000.0
     RED: tl.constexpr = x.shape[0]
     LANES: tl.constexpr = x.shape[1]
     ALONG_RED: tl.constexpr = (F.axis == 0) == F.token_lanes
