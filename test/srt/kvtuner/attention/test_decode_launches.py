@@ -25,8 +25,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 PAGE, CONTEXT = 16, 128
 LAUNCHES_OF_A_STEP, LAUNCHES_OF_A_LAYER = 1, 3
-# The result, and what attention's parts leave for the merge.
-ALLOCATIONS_OF_A_LAYER = 3
+# The result.
+ALLOCATIONS_OF_A_LAYER = 1
 
 
 class Decoder:
