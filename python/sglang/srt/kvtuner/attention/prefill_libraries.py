@@ -13,7 +13,9 @@ import importlib
 import itertools
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +57,21 @@ class KeyRows:
         own = before + torch.arange(queries, device=before.device)
         host_start = tuple(map(sum, zip(host_prefix_start, host_query_start, strict=True)))
         return cls(query_start, prefix_start + query_start, host_query_start, host_start, own)
+
+    @cached_property
+    def most_queries(self) -> int:
+        """Of a request."""
+        return most(self.host_query_start)
+
+    @cached_property
+    def most_keys(self) -> int:
+        """Of a request."""
+        return most(self.host_start)
+
+
+def most(starts: Sequence[int]) -> int:
+    """The largest distance from one start to the next."""
+    return max(end - start for start, end in itertools.pairwise(starts))
 
 
 class PrefillLibrary(ABC):
@@ -136,13 +153,9 @@ class FlashAttention3Prefill(PrefillLibrary):
     ) -> None:  # fmt: skip
         from sglang.kernels.ops.attention.flash_attention_v3 import flash_attn_varlen_func
 
-        most_queries, most_keys = (
-            max(end - start for start, end in itertools.pairwise(starts))
-            for starts in (rows.host_query_start, rows.host_start)
-        )
         result = flash_attn_varlen_func(
-            q=q, k=keys, v=values, cu_seqlens_q=rows.query_start, cu_seqlens_k=rows.start, max_seqlen_q=most_queries,
-            max_seqlen_k=most_keys, softmax_scale=scaling, causal=True, out=out,
+            q=q, k=keys, v=values, cu_seqlens_q=rows.query_start, cu_seqlens_k=rows.start,
+            max_seqlen_q=rows.most_queries, max_seqlen_k=rows.most_keys, softmax_scale=scaling, causal=True, out=out,
         )  # fmt: skip
         if result.data_ptr() != out.data_ptr():  # builds without ``out``
             out.copy_(result)

@@ -15,6 +15,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from sglang.kernels.ops.attention.kvtuner import triton_launch as launch
 from sglang.kernels.ops.attention.kvtuner.triton_gather import gather_kernel
 from sglang.kernels.ops.attention.kvtuner.triton_merge import merge_into_kernel
 from sglang.srt.kvtuner.attention.base import Workload
-from sglang.srt.kvtuner.attention.prefill_libraries import KeyRows, choose_library
+from sglang.srt.kvtuner.attention.prefill_libraries import KeyRows, choose_library, most
 from sglang.srt.kvtuner.attention.steps import StepPlan
 from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
 from sglang.srt.kvtuner.cache.storage import CacheStorage
@@ -74,10 +75,10 @@ class ExtendPlan:
         """Of all prefixes."""
         return self.host_prefix_start[-1]
 
-    @property
+    @cached_property
     def most_prefix(self) -> int:
         """Of the longest prefix."""
-        return max(end - start for start, end in itertools.pairwise(self.host_prefix_start))
+        return most(self.host_prefix_start)
 
     def blocks(self) -> Iterator[Block]:
         """The step's queries, QUERY_BLOCK at a time."""
@@ -150,20 +151,20 @@ class Workspace:
         scaling: float, out: torch.Tensor,
     ) -> None:  # fmt: skip
         own, count, heads = slice(block.start, block.end), block.end - block.start, q.shape[1]
-        all_rows, most = plan.step.query_start, min(plan.step.most_queries, count)
+        all_rows, most_queries = plan.step.query_start, min(plan.step.most_queries, count)
         of_block = all_rows.clamp(block.start, block.end) - block.start
         # Rows of the chunk before the block are a prefix like any other, of the request that the block begins within.
         before = all_rows.clamp(max=block.start)
         q, out, lse = q[own], out[own], _first(self._lse, count, heads)
-        _attend(q, k[own], v[own], out, (k, v), of_block, before, most, scaling, lse)
+        _attend(q, k[own], v[own], out, (k, v), of_block, before, most_queries, scaling, lse)
         part_out, part_lse = _first(self._part_out, count, heads, q.shape[2]), _first(self._part_lse, count, heads)
         for window in range(block.prefix_start, block.prefix_end, self._tokens):
             tokens = min(self._tokens, block.prefix_end - window)
             self._gather(layer, plan, plan.prefix_start, window, tokens)
             prefix_start = (plan.prefix_start - window).clamp_(0, tokens)
             _attend(
-                q, k[own], v[own], part_out, self._rows, of_block, prefix_start, most, scaling, part_lse,
-                skip_extend=True,
+                q, k[own], v[own], part_out, self._rows, of_block, prefix_start, most_queries, scaling,
+                part_lse, skip_extend=True,
             )  # fmt: skip
             merge_into_kernel[(count * heads,)](out, lse, part_out, part_lse, HEAD_DIM=q.shape[2])
 
