@@ -1,22 +1,11 @@
-"""Soaks: upstream's scheduler under random traffic, with everything that the cache returns compared at every step.
+"""Soaks: upstream's scheduler under random traffic, with everything that the cache returns compared at every step."""
 
-Each runs in a process of its own, forked from one that has imported what they need; that one is spawned, for a process that
-has used threads must not fork.
-"""
-
-import faulthandler
-import gc
-import logging
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
-from unittest import mock
 
-import launcher
+from harness.processes import forked_processes
 from harness.soak_model import CONTEXT, soak_checkpoint
 
 PAGE = 16
@@ -28,7 +17,6 @@ FLAGS = (
     *("--page-size", str(PAGE), "--kvtuner-q-group-size", str(PAGE), "--chunked-prefill-size", "64"),
     *("--schedule-conservativeness", "0", "--log-level", "error"),
 )
-LIMIT_SECONDS = 300  # for a process that hangs; a soak takes seconds
 
 
 @dataclass(frozen=True)
@@ -62,40 +50,15 @@ class Scenario:
 def soak_processes():
     """Yields a function that runs a Scenario in a process of its own and returns or raises as soak_scheduler.soak does."""
     checkpoint = soak_checkpoint()
-    spawn = multiprocessing.get_context("spawn")
-    with TemporaryDirectory() as temporary:  # upstream leaves files behind
-        changes = {
-            "OMP_NUM_THREADS": "1",
-            "SGLANG_CPU_OMP_THREADS_BIND": None,
-            "TMPDIR": temporary,
-            # Requests are admitted as if they asked for few tokens, so that the pool gets full while they run. Upstream ends
-            # with "Prefill out of memory" where it is full when a long prompt's next chunk comes: choose another seed then.
-            "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8",
-        }
-        environment = launcher.server_environment(("--device", "cpu"), extra=changes)
-        with mock.patch.dict(os.environ, environment, clear=True), ProcessPoolExecutor(1, spawn, _load) as pool:
-            yield lambda scenario: pool.submit(_fork, scenario, checkpoint).result()
-
-
-def _load():
-    """Import what every soak needs, which takes far longer than a soak: a fork has it at once."""
-    logging.disable(logging.WARNING)  # upstream names the models that it cannot load
-    from harness import soak_scheduler  # noqa: F401
-    from sglang.srt.models import registry  # noqa: F401
-
-    gc.collect()
-    gc.freeze()  # upstream collects garbage often
-
-
-def _fork(scenario, checkpoint):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(_run, scenario, checkpoint).result()
+    # Requests are admitted as if they asked for few tokens, so that the pool gets full while they run. Upstream ends with
+    # "Prefill out of memory" where it is full when a long prompt's next chunk comes: choose another seed then.
+    with forked_processes("harness.soak_scheduler", {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}) as call:
+        yield lambda scenario: call(_run, scenario, checkpoint)
 
 
 def _run(scenario, checkpoint):
     from harness.soak_scheduler import soak
 
-    faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)
     os.environ["SGLANG_KVTUNER_KERNELS"] = scenario.kernels
     if scenario.fault is not None:
         scenario.fault()

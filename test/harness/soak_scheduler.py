@@ -3,47 +3,27 @@
 import random
 from collections import Counter
 
+from harness.inner_scheduler import InnerScheduler, make_scheduler
 from harness.soak_checker import CheckingKernels
 from harness.soak_client import Client
 from harness.soak_model import CONTEXT, TokenFunction
 from sglang.srt.managers import scheduler as upstream
-from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
-from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
-from sglang.srt.server_args import PortArgs, prepare_server_args
 
 
-class SoakScheduler(upstream.Scheduler):
+class SoakScheduler(InnerScheduler):
     """The scheduler as it is; it tells the checker what a batch consists of, and counts what happens to requests."""
 
     def __init__(self, server_args, port_args, scenario):
         self.events = Counter()
         self._scenario = scenario
         self._running = set()
-        self.client = Client(random.Random(scenario.seed), scenario, self._progress, self._ended)
-        super().__init__(server_args, port_args)
+        client = Client(random.Random(scenario.seed), scenario, self._progress, self._ended)
+        super().__init__(server_args, port_args, client)
         runner = self.tp_worker.model_runner
         attention = runner.attn_backend
         self.checker = CheckingKernels(attention._kernels, TokenFunction(runner.model), CONTEXT)
         attention._kernels = self.checker
         self._prepare, attention.init_forward_metadata = attention.init_forward_metadata, self._see
-
-    def init_ipc_channels(self, port_args):
-        self.ipc_channels = SchedulerIpcChannels(
-            recv_from_tokenizer=None,
-            recv_from_rpc=None,
-            send_to_tokenizer=self.client,
-            send_to_detokenizer=self.client,
-            send_metrics_from_scheduler=None,
-        )
-        self.load_snapshot_writer = self.recv_from_tokenizer = None
-
-    def init_request_receiver(self):
-        self.request_receiver = self.client
-
-    def ingest_requests(self, *args, **kwargs):
-        received = super().ingest_requests(*args, **kwargs)
-        self.gracefully_exit = self.client.over
-        return received
 
     def run_batch(self, batch, *args, **kwargs):
         mode, events = batch.forward_mode, self.events
@@ -84,10 +64,7 @@ def soak(scenario, checkpoint):
     Returns the compared tokens by the place they were read from, the events by name, and the name of the kernels. Raises
     SoakMismatch.
     """
-    args = prepare_server_args(["--model-path", str(checkpoint), *scenario.flags])
     upstream.TEST_RETRACT = scenario.test_retract
-    ranks = SpawnRanks(world_rank=spawn_world_rank(args, tp_rank=0, pp_rank=0), gpu_id=0)
-    publish(args, role="scheduler", ranks=ranks)
-    scheduler = SoakScheduler(args, PortArgs.init_new(args), scenario)
+    scheduler = make_scheduler(SoakScheduler, checkpoint, scenario.flags, scenario)
     scheduler.run_event_loop()
     return scheduler.checker.compared, scheduler.events + scheduler.client.events, scheduler.checker.name
