@@ -33,7 +33,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--interpret", action="store_true", help="without a GPU: small shapes in Triton's interpreter")
     parser.add_argument("--small", action="store_true", help="small shapes on the GPU")
     parser.add_argument(
-        "--upstream", metavar="DIR", help="a folder with an unpacked sglang, for its extend kernel; default: an installed one"
+        "--upstream",
+        metavar="DIR",
+        help="a folder with an unpacked sglang, for its extend kernel; default: an installed one",
     )
     parser.add_argument("--json", metavar="FILE", help="write device, versions and raw numbers there")
     parser.add_argument(

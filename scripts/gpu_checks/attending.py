@@ -6,12 +6,13 @@ import torch
 
 from gpu_checks.cache import PADDING, Cache, Shape, row_error, same_plan
 from gpu_checks.device import Device
-from gpu_checks.recipes import HEADS, layer_format, recipes, short_name
+from gpu_checks.recipes import DTYPES, HEADS, layer_format, recipes, short_name
 from gpu_checks.report import Findings
 from sglang.srt.kvtuner.format.formats import LayerFormat
 
-# Error of an output row relative to its norm: operands of products are rounded to the model's dtype, the output too.
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
+# Error of an output row relative to its norm. Rounding the operands of products and the output to the model's dtype, in torch and
+# on these inputs, gives up to 4.3e-3 in bfloat16 and 3.7e-4 in float16.
+TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 LONGEST = 32 * 1024
 
 
@@ -19,13 +20,22 @@ def check(device: Device, findings: Findings) -> str:
     """Every recipe in every dtype with 8 KV heads (1 in the small mode), then every group size with one recipe."""
     chosen = recipes(device.small)
     default = (3, 1) if device.small else (32, 8)
-    cases = [(short_name(r), layer_format(r), default, dtype) for r in chosen for dtype in device.dtypes]
-    for heads in HEADS[1:3] if device.small else HEADS:
+    cases = []
+    for recipe in chosen:
+        for dtype in dict.fromkeys((*device.dtypes, *([] if device.small else [DTYPES[recipe.dtype]]))):
+            case = (short_name(recipe), layer_format(recipe), default, dtype)
+            if case[1:] not in [known[1:] for known in cases]:  # recipes of the table may differ in dtype alone
+                cases.append(case)
+    for heads in HEADS[4:5] if device.small else HEADS:
         recipe = chosen[0] if device.small else chosen[1]
-        cases.append((f"{short_name(recipe)}, {heads[0]}/{heads[1]} heads", layer_format(recipe), heads, device.dtypes[0]))
+        cases.append(
+            (f"{short_name(recipe)}, {heads[0]}/{heads[1]} heads", layer_format(recipe), heads, device.dtypes[0])
+        )
     worst = 0.0
     for name, layer, heads, dtype in cases:
-        worst = max(worst, _check_case(device, findings, f"{name}, {str(dtype)[6:]}", layer, heads, dtype) / TOLERANCE[dtype])
+        worst = max(
+            worst, _check_case(device, findings, f"{name}, {str(dtype)[6:]}", layer, heads, dtype) / TOLERANCE[dtype]
+        )
     return f"{len(cases)} cases, the largest error is {worst:.0%} of the tolerance; buffers bit for bit"
 
 

@@ -6,13 +6,13 @@ import statistics
 from dataclasses import asdict, dataclass, field
 
 import torch
-from triton_resources import RECIPES, Recipe
 
 from gpu_checks import construction
 from gpu_checks.device import Device
 from gpu_checks.filled import Filled
 from gpu_checks.recipes import DTYPES, layer_format, recipes, short_name
 from gpu_checks.report import Findings
+from triton_resources import RECIPES, Recipe
 
 COPY_BYTES = 1 << 30
 # Reading alone can be somewhat faster than copying; more than this was not read from memory.
@@ -135,7 +135,9 @@ def stack(device: Device, recipe: Recipe, *, context: int, batch: int, setting: 
 
 def check(device: Device, findings: Findings) -> str:
     """A few of gpu_bench.py's figures. There is no least speed: what must hold is that they can be."""
-    setting = Setting(heads=2, kv_heads=1, repeats=1, layers=2, copy_bytes=1 << 20) if device.small else Setting(repeats=10)
+    setting = (
+        Setting(heads=2, kv_heads=1, repeats=1, layers=2, copy_bytes=1 << 20) if device.small else Setting(repeats=10)
+    )
     bandwidth, samples = copy_bandwidth(device, setting)
     findings.numbers.update(copy_bytes_per_second=bandwidth, copy_samples=samples)
     context, batch = (96, 1) if device.small else (16384, 8)

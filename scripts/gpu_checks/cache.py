@@ -269,5 +269,3 @@ def same_plan(step: StepPlan, expected: StepPlan, page: int, page_shift: int = 0
         if ours != [p + page_shift for p in theirs]:
             return f"pages of row {row} are {ours}, not {theirs}"
     return None
-
-

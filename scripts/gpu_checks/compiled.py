@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import torch
-from triton_resources import RECIPES, build, kernels, plain_kernels
 
 from gpu_checks.device import Device
 from gpu_checks.report import Findings
+from triton_resources import RECIPES, build, kernels, plain_kernels
 
 
 def check(device: Device, findings: Findings) -> str:

@@ -32,7 +32,8 @@ class Filled:
         for layer in self.storage.layers:
             for half in (layer.key, layer.value):
                 blocks = construction.pack_pages(torch.randn(DISTINCT_PAGES, page, dim, device=at), half.format)
-                half.pages.copy_(blocks[torch.randint(DISTINCT_PAGES, half.pages.shape[:2], device=at)])
+                which = torch.randint(DISTINCT_PAGES, (half.pages[..., 0].numel(),), device=at)
+                torch.index_select(blocks, 0, which, out=half.pages.view(-1, blocks.shape[1]))
                 half.ring.normal_()
         self.kernels = construction.make_kernels(self.storage)
         table = torch.zeros(batch + 1, whole * page, dtype=torch.int32)

@@ -68,9 +68,7 @@ def graph_shape(device: Device) -> Shape:
     )  # fmt: skip
 
 
-def check(
-    device: Device, findings: Findings, buckets: tuple[int, ...] = BUCKETS, replays: int | None = None
-) -> str:
+def check(device: Device, findings: Findings, buckets: tuple[int, ...] = BUCKETS, replays: int | None = None) -> str:
     """Requests come, grow and go between replays; each replay is compared with eager steps of the same kernels on a second cache.
 
     buckets: rows of the graphs, the largest captured first. replays: of all of them together.
@@ -102,8 +100,10 @@ def check(
         rows, graph = cache.padded_rows(padded), graphs[bucket]
         eager.padded_rows(padded)  # keeps the two caches' random numbers in step
         graph.fill(cache.decode_inputs(padded), rows)
+        before = device.allocated()
         with device.no_syncs():
             graph.replay()
+        findings.expect(device.allocated() == before, f"replay {turn} of bucket {bucket} allocated memory")
         inputs = eager.decode_inputs(padded)
         with device.no_syncs():
             expected = eager.run_layers(eager.planner.plan_decode(*inputs), rows)
@@ -112,17 +112,19 @@ def check(
                 each.requests[slot].length += 1
         for layer, (ours, theirs) in enumerate(zip(graph.outputs, expected, strict=True)):
             same = torch.equal(ours[:count], theirs[:count])
-            findings.expect(same, f"replay {turn} of bucket {bucket}, layer {layer}: outputs differ from the eager step's")
+            findings.expect(
+                same, f"replay {turn} of bucket {bucket}, layer {layer}: outputs differ from the eager step's"
+            )
         # Graphs have what they need from here on, and the eager side has met every shape.
         if turn >= replays // 2:
-            del expected, rows, inputs
+            del expected, rows, inputs, ours, theirs
             device.synchronize()
             allocated.append(device.allocated())
     for name, ours, theirs in contents(cache, eager):
         findings.expect(torch.equal(ours, theirs), f"{name} differ from the eager steps'")
     growth = [last - first for first, last in zip(allocated[0], allocated[-1], strict=True)]
     findings.numbers.update(buckets=list(buckets), replays=replays, growth_bytes=growth)
-    findings.expect(growth[1] <= 0, f"the allocator grew by {growth[1]} bytes over {len(allocated)} replays")
+    findings.expect(growth[0] <= 0, f"tensors grew by {growth[0]} bytes over {len(allocated)} replays")
     return f"{replays} replays of {len(buckets)} graphs, {len(shape.layers)} layers: bit for bit the eager steps, no allocation"
 
 

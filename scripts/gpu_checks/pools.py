@@ -61,7 +61,9 @@ def check(device: Device, findings: Findings) -> str:
     for pool in found:
         needed = _bytes_of(pool, device)
         if needed > device.free_bytes():
-            findings.leave_out(f"{pool.name} needs {needed / 2**30:.1f} GiB, free are {device.free_bytes() / 2**30:.1f}")
+            findings.leave_out(
+                f"{pool.name} needs {needed / 2**30:.1f} GiB, free are {device.free_bytes() / 2**30:.1f}"
+            )
             continue
         findings.record("pools", {"pool": pool.name, "bytes": needed, "row_error": _check_pool(device, findings, pool)})
     return f"{len(findings.numbers.get('pools', []))} pools, their last pages and slots, guard bytes unchanged"
@@ -121,5 +123,7 @@ def _check_pool(device: Device, findings: Findings, pool: Pool) -> float:
     findings.expect(error <= TOLERANCE[dtype], f"{pool.name}: a row is off by {error:.1e} of its norm")
     for difference in cache.differences():
         findings.expect(False, f"{pool.name}: {difference} differ")
-    findings.expect(not guarded.damaged(), f"{pool.name}: {guarded.damaged()} guard bytes around the buffers were written")
+    findings.expect(
+        not guarded.damaged(), f"{pool.name}: {guarded.damaged()} guard bytes around the buffers were written"
+    )
     return error

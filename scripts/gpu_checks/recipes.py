@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from triton_resources import RECIPES, Recipe
 
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
+from triton_resources import RECIPES, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Query heads and KV heads of a rank: one KV head, groups of 1 to 16, more than a block of 16.

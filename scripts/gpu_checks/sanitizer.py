@@ -29,7 +29,9 @@ def check(device: Device, findings: Findings) -> str:
             findings.record("runs", {"tool": tool, "check": name, "status": status, "output": output[-4000:]})
             what = "found errors" if status == ERRORS else f"ended with status {status}"
             errors = [line for line in output.splitlines() if "=====" in line and "Error" in line]
-            findings.expect(status == 0, f"{tool} of {name} {what}: {(errors or output.splitlines() or [''])[-1].strip()}")
+            findings.expect(
+                status == 0, f"{tool} of {name} {what}: {(errors or output.splitlines() or [''])[-1].strip()}"
+            )
     return f"{', '.join(TOOLS)} of {', '.join(CHECKS)}: no errors"
 
 

@@ -75,7 +75,9 @@ def install(upstream: Path | None) -> None:
     if any(isinstance(finder, OwnFilesFirst) for finder in sys.meta_path):
         return
     if "sglang" in sys.modules:
-        raise RuntimeError("sglang was imported before the checks: they run this checkout's files, in a process of their own")
+        raise RuntimeError(
+            "sglang was imported before the checks: they run this checkout's files, in a process of their own"
+        )
     sys.meta_path.insert(0, OwnFilesFirst(upstream))
     # Recipes, and how kernels are compiled for a table, are the benchmark's.
     sys.path.insert(0, str(ROOT / "benchmark" / "kvtuner"))
