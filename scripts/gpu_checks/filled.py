@@ -11,7 +11,7 @@ from gpu_checks.device import Device
 from sglang.srt.kvtuner.format.formats import LayerFormat
 
 # Pages that are packed; the pool repeats them, since what they hold does not matter to time.
-DISTINCT_PAGES = 64
+DISTINCT_PAGES = {True: 4, False: 64}  # by whether shapes are small
 
 
 class Filled:
@@ -29,10 +29,11 @@ class Filled:
             layers, num_pages=whole * batch + 1, num_slots=batch + 1, residual=residual, kv_heads=kv_heads, dtype=dtype,
             device=at,
         )  # fmt: skip
+        distinct = DISTINCT_PAGES[device.small]
         for layer in self.storage.layers:
             for half in (layer.key, layer.value):
-                blocks = construction.pack_pages(torch.randn(DISTINCT_PAGES, page, dim, device=at), half.format)
-                which = torch.randint(DISTINCT_PAGES, (half.pages[..., 0].numel(),), device=at)
+                blocks = construction.pack_pages(torch.randn(distinct, page, dim, device=at), half.format)
+                which = torch.randint(distinct, (half.pages[..., 0].numel(),), device=at)
                 torch.index_select(blocks, 0, which, out=half.pages.view(-1, blocks.shape[1]))
                 half.ring.normal_()
         self.kernels = construction.make_kernels(self.storage)

@@ -25,7 +25,7 @@ def run(*command, cwd=ROOT, **environment):
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
-        env=kept | environment,
+        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=600,
