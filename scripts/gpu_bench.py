@@ -80,8 +80,8 @@ def measure(device: Any, options: argparse.Namespace, copy_bytes: int | None = N
         shape = {"context": context, "batch": batch, "setting": setting}
         try:
             r = bandwidth.read(device, recipe, **shape, splits=splits or None, bandwidth=speed)
-        except torch.OutOfMemoryError:
-            left_out.append(_left_out(recipe.name, context, batch))
+        except (torch.OutOfMemoryError, ValueError) as e:
+            left_out.append(_left_out(f"{recipe.name} in {splits or 'as many as chosen'} parts", context, batch, e))
             continue
         readings.append(dataclasses.asdict(r) | {"chosen_by_kernels": splits == CHOICE})
         mark = "*" if splits == CHOICE else ""
@@ -97,8 +97,8 @@ def measure(device: Any, options: argparse.Namespace, copy_bytes: int | None = N
         device.free_bytes()
         try:
             s = bandwidth.stack(device, recipe, context=context, batch=batch, setting=setting)
-        except torch.OutOfMemoryError:
-            left_out.append(_left_out(f"{options.layers} layers of {recipe.name}", context, batch))
+        except torch.OutOfMemoryError as e:
+            left_out.append(_left_out(f"{options.layers} layers of {recipe.name}", context, batch, e))
             continue
         stacks.append(dataclasses.asdict(s))
         launches = "-" if s.launches is None else s.launches
@@ -116,8 +116,9 @@ def measure(device: Any, options: argparse.Namespace, copy_bytes: int | None = N
     }
 
 
-def _left_out(what: str, context: int, batch: int) -> str:
-    said = f"{what} at context {context}, batch {batch}: not run, the device has too little memory"
+def _left_out(what: str, context: int, batch: int, reason: Exception) -> str:
+    why = reason if isinstance(reason, ValueError) else "the device has too little memory"
+    said = f"{what} at context {context}, batch {batch}: {report.NOT_RUN}: {why}"
     print(said, flush=True)
     return said
 

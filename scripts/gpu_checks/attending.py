@@ -11,8 +11,8 @@ from gpu_checks.report import Findings
 from sglang.srt.kvtuner.format.formats import LayerFormat
 
 # Error of an output row relative to its norm. Rounding the operands of products and the output to the model's dtype, in torch and
-# on these inputs, gives up to 4.3e-3 in bfloat16 and 3.7e-4 in float16.
-TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+# on these inputs, gives up to 4.3e-3 in bfloat16 and 3.7e-4 in float16 over a hundred rows; small rows have more.
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 LONGEST = 32 * 1024
 
 
@@ -56,7 +56,7 @@ def _check_case(
     cache = Cache(
         device,
         Shape(
-            (layer,), *heads, residual, dtype, num_slots=len(of_request) + len(found) + 1,
+            (layer,), *heads, residual, dtype, num_slots=len(of_request) + len(found) + 3,
             num_pages=sum(n // page + 2 for n in of_request) + 16, max_pages=most + 8,
         ),
     )  # fmt: skip

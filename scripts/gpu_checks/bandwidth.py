@@ -144,7 +144,7 @@ def check(device: Device, findings: Findings) -> str:
     recipe = recipes(True)[0] if device.small else RECIPES[1]
     readings = [
         read(device, recipe, context=context, batch=batch, splits=splits, bandwidth=bandwidth, setting=setting)
-        for splits in (None, 1, 8)
+        for splits in (None, 1, 4)
     ]
     for reading in readings:
         findings.record("readings", asdict(reading))

@@ -78,7 +78,9 @@ class Cache:
         self.twin = self._storage()
         self.storage = self._storage() if storage is None else storage
         self.reference = ReferenceKernels(self.twin)
-        self.kernels = construction.make_kernels(self.storage, workspace_tokens)
+        self.kernels = construction.make_kernels(
+            self.storage, heads=shape.heads, most_pages=shape.max_pages, workspace_tokens=workspace_tokens
+        )
         slots = shape.num_slots + slot_shift
         self.req_to_token = torch.zeros(slots, shape.max_pages * self.page, dtype=torch.int32, device=device.device)
         self.req_generation = torch.zeros(slots, dtype=torch.int64)

@@ -16,8 +16,9 @@ from sglang.srt.kvtuner.cache.storage import CacheStorage, LayerStorage, TensorS
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 
 
-def make_kernels(storage: CacheStorage, workspace_tokens: int | None = None) -> Kernels:
-    """The kernels under test. workspace_tokens: tokens that an extend dequantizes at once; None is the product's default."""
+def make_kernels(storage: CacheStorage, *, heads: int, most_pages: int, workspace_tokens: int | None = None) -> Kernels:
+    """The kernels under test. heads: query heads of a rank. most_pages: of the longest request. workspace_tokens: tokens that an
+    extend dequantizes at once; None is the product's default. Today's kernels learn heads and pages from the steps."""
     return triton_kernels.TritonKernels(storage, workspace_tokens)
 
 
@@ -110,12 +111,16 @@ def make_plan(
     )
 
 
-def prefill_variants(storage: CacheStorage, one_pass: int, in_rounds: int) -> dict[str, Kernels]:
-    """Ways in which extends over a cache are computed, by name; ``attend`` of one whose library is not here raises ImportError.
+def prefill_variants(
+    storage: CacheStorage, *, heads: int, most_pages: int, one_pass: int, in_rounds: int
+) -> dict[str, Kernels | str]:
+    """Ways in which extends over a cache are computed, by name, or why one cannot be made here; ``attend`` of one whose library
+    does not import raises ImportError.
 
     one_pass, in_rounds: tokens of a workspace that holds the prefixes, and of one that does not.
     """
+    tokens = {"Triton, one pass": one_pass, "Triton, rounds": in_rounds}
     return {
-        "Triton, one pass": make_kernels(storage, one_pass),
-        "Triton, rounds": make_kernels(storage, in_rounds),
+        name: make_kernels(storage, heads=heads, most_pages=most_pages, workspace_tokens=count)
+        for name, count in tokens.items()
     }

@@ -36,7 +36,7 @@ class Filled:
                 which = torch.randint(distinct, (half.pages[..., 0].numel(),), device=at)
                 torch.index_select(blocks, 0, which, out=half.pages.view(-1, blocks.shape[1]))
                 half.ring.normal_()
-        self.kernels = construction.make_kernels(self.storage)
+        self.kernels = construction.make_kernels(self.storage, heads=heads, most_pages=whole)
         table = torch.zeros(batch + 1, whole * page, dtype=torch.int32)
         ids = (torch.randperm(whole * batch) + 1).view(batch, whole, 1)
         table[1:] = (ids * page + torch.arange(page)).view(batch, -1).to(torch.int32)

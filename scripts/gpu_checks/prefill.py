@@ -32,13 +32,18 @@ def check(device: Device, findings: Findings) -> str:
     slots, counts = list(range(1, len(lengths) + 1)), [count for _, count in lengths]
     plan, expected_plan = cache.plan_extend(slots, counts)
     rows = cache.rows(sum(counts))
-    variants = construction.prefill_variants(cache.storage, prefix_tokens, prefix_tokens // 5)
+    variants = construction.prefill_variants(
+        cache.storage, heads=heads[0], most_pages=most, one_pass=prefix_tokens, in_rounds=prefix_tokens // 5
+    )
     reference = [
         cache.reference.attend(layer, expected_plan, rows.q[layer].float(), rows.k[layer], rows.v[layer], cache.scaling)
         for layer in range(len(layers))
     ]
     ran, absent = [], []
     for name, kernels in variants.items():
+        if isinstance(kernels, str):
+            absent.append(f"{name}: {kernels}")
+            continue
         try:
             worst = 0.0
             for layer, theirs in enumerate(reference):

@@ -54,8 +54,8 @@ def no_such_kernel(x, fmt):
 def kernels_with(change):
     """make_kernels with a change of what it makes."""
 
-    def made(storage, workspace_tokens=None):
-        kernels = make_kernels(storage, workspace_tokens)
+    def made(storage, **settings):
+        kernels = make_kernels(storage, **settings)
         change(kernels)
         return kernels
 
