@@ -66,7 +66,8 @@ def run_alone(name: str, options: argparse.Namespace) -> report.Result:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--in-process", "--only", name, "--json", str(found)]
-        command += ["--small"] * options.small + (["--upstream", str(options.upstream)] if options.upstream else [])
+        command += ["--small"] * options.small + ["--interpret"] * options.interpret
+        command += ["--upstream", str(options.upstream)] if options.upstream else []
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
         except subprocess.TimeoutExpired:

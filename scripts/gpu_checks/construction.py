@@ -117,7 +117,7 @@ def prefill_variants(
     """Ways in which extends over a cache are computed, by name, or why one cannot be made here; ``attend`` of one whose library
     does not import raises ImportError.
 
-    one_pass, in_rounds: tokens of a workspace that holds the prefixes, and of one that does not.
+    one_pass, in_rounds: tokens of a workspace that holds prefixes and chunks, and of one that does not hold the prefixes.
     """
     tokens = {"Triton, one pass": one_pass, "Triton, rounds": in_rounds}
     return {

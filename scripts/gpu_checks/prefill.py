@@ -33,7 +33,11 @@ def check(device: Device, findings: Findings) -> str:
     plan, expected_plan = cache.plan_extend(slots, counts)
     rows = cache.rows(sum(counts))
     variants = construction.prefill_variants(
-        cache.storage, heads=heads[0], most_pages=most, one_pass=prefix_tokens, in_rounds=prefix_tokens // 5
+        cache.storage,
+        heads=heads[0],
+        most_pages=most,
+        one_pass=prefix_tokens + sum(counts),
+        in_rounds=prefix_tokens // 5,
     )
     reference = [
         cache.reference.attend(layer, expected_plan, rows.q[layer].float(), rows.k[layer], rows.v[layer], cache.scaling)

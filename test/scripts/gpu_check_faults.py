@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -15,6 +16,7 @@ DEVICE = gpu_check.prepare(OPTIONS)
 from gpu_checks import (  # noqa: E402
     attending,
     bandwidth,
+    compiled,
     construction,
     device,
     fence,
@@ -99,12 +101,37 @@ def capture_late(*arguments):
     return graphs.capture(*arguments[:4], late_plan=True)
 
 
+class Compiled:
+    """What Triton's compiler gives, as far as the check looks at it; loading is an index."""
+
+    metadata = SimpleNamespace(shared=4096)
+    n_regs = 100
+
+    def __init__(self, spills):
+        self.n_spills = spills
+
+    def __getitem__(self, grid):
+        return None
+
+
+def compiled_with(spills, most_shared=1 << 16):
+    """A card of sm_90, and a compiler in whose kernels so many registers spill."""
+    return (
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        mock.patch.object(
+            torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(shared_memory_per_block_optin=most_shared)
+        ),
+        mock.patch.object(compiled, "build", lambda *_: Compiled(spills)),
+    )
+
+
 def verdict(name, *faults):
     """Of a check, by the program where it may run without a GPU."""
     with contextlib.ExitStack() as patches:
         for patch in (*LITTLE, *faults):
             patches.enter_context(patch)
         check = {
+            "compile": lambda found: compiled.check(DEVICE, found),
             "graphs": lambda found: graphs.check(DEVICE, found, (1, 2), 4),
             "fence": lambda found: fence.check(DEVICE, found),
             "bandwidth": lambda found: bandwidth.check(DEVICE, found),
@@ -125,6 +152,9 @@ def verdict(name, *faults):
 def main():
     no_ring_starts = mock.patch.object(RingOwners, "take_over", lambda *_, **__: None)
     found = {
+        "compile: spills": verdict("compile", *compiled_with(4)),
+        "compile: more shared memory than there is": verdict("compile", *compiled_with(0, 1024)),
+        "compile: no fault": verdict("compile", *compiled_with(0)),
         "pack: a wrong byte": verdict("pack", mock.patch.object(construction, "pack_pages", wrong_byte)),
         "pack: a kernel that raises": verdict("pack", mock.patch.object(construction, "pack_pages", no_such_kernel)),
         "attend: another scaling": verdict("attend", kernels_with(another_scaling)),

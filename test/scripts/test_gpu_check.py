@@ -104,6 +104,8 @@ def planted():
 @pytest.mark.parametrize(
     "fault, summary",
     [
+        ("compile: spills", "spills 4 registers"),
+        ("compile: more shared memory than there is", "wants 4096 bytes of shared memory, the device has 1024"),
         ("pack: a wrong byte", "1 bytes differ"),
         ("pack: a kernel that raises", "RuntimeError: no such kernel"),
         ("attend: another scaling", "of its norm"),
@@ -122,7 +124,7 @@ def test_a_planted_fault_turns_the_check_red(planted, fault, summary):
     assert summary in found["summary"]
 
 
-@pytest.mark.parametrize("name", ["graphs", "fence", "bandwidth"])
+@pytest.mark.parametrize("name", ["compile", "graphs", "fence", "bandwidth"])
 def test_what_needs_a_gpu_runs_through_its_code_on_a_cpu(planted, name):
     """With a function that runs again in a graph's place."""
     assert planted[f"{name}: no fault"]["verdict"] == report.PASS, planted[f"{name}: no fault"]
@@ -147,6 +149,42 @@ def test_a_machine_without_a_gpu_is_told():
         pytest.skip("this machine has a GPU")
     done = run("scripts/gpu_bench.py")
     assert done.returncode == report.INCOMPLETE and done.stderr.startswith("not run: torch finds no GPU"), done
+
+
+def test_a_check_runs_alone_and_a_process_that_dies_is_a_fault(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = gpu_check.run_alone("fence", gpu_check.parse(["--interpret"]))
+    assert (found.verdict, found.summary) == (report.NOT_RUN, "needs a GPU")
+    monkeypatch.setattr(gpu_check, "__file__", str(HERE / "no_such_program.py"))
+    died = gpu_check.run_alone("fence", gpu_check.parse(["--interpret"]))
+    assert died.verdict == report.FAIL and "its process ended with 2" in died.summary
+
+
+@pytest.mark.parametrize("status", [0, 86, 3])
+def test_the_sanitizer_runs_over_three_checks(tmp_path, monkeypatch, status):
+    from gpu_checks import sanitizer
+
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho ========= Error: out of bounds\necho $@\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = report.run("sanitizer", lambda findings: sanitizer.check(None, findings))
+    assert found.verdict == (report.FAIL if status else report.PASS)
+    if status:
+        reason = "found errors" if status == sanitizer.ERRORS else "ended with status 3"
+        assert f"memcheck of pack {reason}: ========= Error: out of bounds" in found.summary
+    runs = found.numbers["runs"]
+    assert [(run["tool"], run["check"]) for run in runs] == [(t, c) for t in sanitizer.TOOLS for c in sanitizer.CHECKS]
+    assert all(f"--in-process --small --only {run['check']}" in run["output"] for run in runs)
+
+
+def test_without_the_sanitizer_the_check_says_so(tmp_path, monkeypatch):
+    from gpu_checks import sanitizer
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitizer, "_PLACES", ())
+    found = report.run("sanitizer", lambda findings: sanitizer.check(None, findings))
+    assert found.verdict == report.NOT_RUN and "compute-sanitizer is not on this machine" in found.summary
 
 
 @pytest.mark.parametrize(
