@@ -5,10 +5,11 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 TUNE_ARGS ?=
+GPU_ARGS ?=
 
 RUN = $(VENV)/bin/python
 
-.PHONY: help venv setup model demo serve tune-demo lint test clean
+.PHONY: help venv setup model demo serve tune-demo gpu-check gpu-bench lint test clean
 
 help:
 	@echo "make setup   virtual environment $(VENV) with this sglang and its dependencies (first time: 11 GB, minutes)"
@@ -16,6 +17,8 @@ help:
 	@echo "make demo    serve it with the quantized cache, ask a question, show what the cache costs (DEMO_ARGS=...)"
 	@echo "make serve   the same, and keep serving until Ctrl-C"
 	@echo "make tune-demo  find per-layer bits for that model, under 20 minutes on 2 cores (TUNE_ARGS=...)"
+	@echo "make gpu-check  does this card run the kernels right? PYTHON needs torch and triton, not sglang (GPU_ARGS=...)"
+	@echo "make gpu-bench  how fast does it run them? the same needs (GPU_ARGS=...); docs/gpu_checks.md has both"
 	@echo "make lint    ruff, mypy and clang-format over this repository's own files"
 	@echo "make test    lint, and all tests; PYTEST_ARGS='test/srt -k name' chooses, '-m \"not server\"' leaves out the slow ones"
 	@echo "make clean   remove the environment and everything that was built; .cache/wheels and models too"
@@ -39,6 +42,13 @@ serve: setup
 
 tune-demo: setup
 	$(RUN) scripts/tune_demo.py $(TUNE_ARGS)
+
+# Without setup: they run where there is no package index, and no sglang.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py $(GPU_ARGS)
+
+gpu-bench:
+	$(PYTHON) scripts/gpu_bench.py $(GPU_ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -121,8 +121,8 @@ def plain_kernels(head_dim: int) -> Iterator[tuple[str, Any, dict[str, Any], dic
     yield "store rows", store_rows_kernel, rows, {}
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], options: dict[str, Any], dtype: str, target: int) -> Usage:
-    """Compile for compute capability ``target`` (89 for sm_89)."""
+def build(kernel: Any, constants: dict[str, Any], options: dict[str, Any], dtype: str, target: int) -> Any:
+    """Triton's CompiledKernel for compute capability ``target`` (89 for sm_89), not loaded."""
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -133,7 +133,12 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], options: dict[str, An
         if aligned and name not in (kernel.do_not_specialize or ()):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], options: dict[str, Any], dtype: str, target: int) -> Usage:
+    """Compile as :func:`build` does, and count."""
+    compiled = build(kernel, constants, options, dtype, target)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
