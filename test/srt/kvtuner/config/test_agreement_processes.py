@@ -3,6 +3,7 @@
 import datetime
 import multiprocessing
 import os
+import socket
 import time
 
 import pytest
@@ -20,6 +21,11 @@ processes = multiprocessing.get_context("fork")
 def cache_format(**settings):
     shape = {name: settings.pop(name) for name in ("num_layers", "page_size") if name in settings}
     return build_cache_format(KVTunerConfig(**settings), head_dim=64, **{"num_layers": 3, "page_size": 64, **shape})
+
+
+def dies(rank):
+    """What a rank does that is there, and then ends without a word."""
+    agreement.require_success(lambda: os._exit(1))
 
 
 def announce(values=None, files=None, **settings):
@@ -46,8 +52,8 @@ def join_group(rank, world_size, port_file):
 
 @pytest.fixture
 def run(tmp_path):
-    """Call with what each rank does: arguments of :func:`announce`, or a function of the rank. Returns what each rank
-    raised, or None."""
+    """Call with what each rank does: arguments of :func:`announce`, or a function of the rank. Returns what each rank that
+    does not die raised, or None."""
     children = []
 
     def child(rank, world_size, mine, port_file, answers):
@@ -65,7 +71,7 @@ def run(tmp_path):
             arguments = (rank, len(ranks), mine, tmp_path / "port", answers)
             children.append(processes.Process(target=child, args=arguments, daemon=True))
             children[-1].start()
-        return [outcome for _, outcome in sorted(answers.get(timeout=90) for _ in ranks)]
+        return [outcome for _, outcome in sorted(answers.get(timeout=90) for mine in ranks if mine is not dies)]
 
     yield run
     for process in children:
@@ -126,6 +132,49 @@ def test_a_rank_that_takes_long_to_look_through_its_files(run, monkeypatch):
         agreement.require_agreement(lambda: time.sleep(2) or mine)
 
     assert run({}, slow) == [None] * 2
+
+
+def refuse(rank):
+    raise OSError(f"no disk {rank // 2}")
+
+
+@pytest.mark.parametrize("check", [agreement.require_agreement, agreement.require_success])
+def test_ranks_that_cannot_go_on_stop_every_rank(run, check):
+    """Also while the others are still at work, who then hear of it as soon as they are ready."""
+
+    def go_on(rank):
+        mine = Announcement.of(cache_format())
+        check(lambda: time.sleep(0.2 * rank) or mine)
+
+    def give_up(rank):
+        check(lambda: refuse(rank))
+
+    raised = run(go_on, go_on, give_up, give_up)
+    host = socket.gethostname()
+    for rank in range(4):
+        assert raised[rank] == (
+            f"RuntimeError: Quantized KV cache: ranks 2, 3 on {host} cannot go on: no disk 1. All ranks stop; "
+            f"this is rank {rank} on {host}"
+        )
+
+
+def test_a_rank_that_dies_at_work(run, monkeypatch):
+    monkeypatch.setattr(agreement, "TIMEOUT_OF_WORK", datetime.timedelta(seconds=1))
+    (raised,) = run(lambda rank: agreement.require_success(lambda: None), dies)
+    assert f"rank 1 on {socket.gethostname()} announced no cache format within 1 s" in raised
+    assert raised.endswith("or see what the log of that node says")
+
+
+def test_slow_work_is_waited_for(run, monkeypatch, capfd):
+    monkeypatch.setattr(agreement, "TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(agreement, "REMINDER", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(agreement.logger, "info", lambda text, *values: print(text % values, flush=True))
+    assert run(*[lambda rank: agreement.require_success(lambda: time.sleep(2.5 * rank))] * 2) == [None] * 2
+    assert f"waiting for rank 1 on {socket.gethostname()} (1 s)" in capfd.readouterr().out
+
+
+def test_one_rank_does_its_work_alone(run):
+    assert run(lambda rank: agreement.require_success(lambda: refuse(rank))) == ["OSError: no disk 0"]
 
 
 def test_two_checks_in_one_process_group(run):
