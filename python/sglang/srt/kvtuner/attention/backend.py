@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.kvtuner.attention.dispatch import make_kernels
 from sglang.srt.kvtuner.attention.steps import StepPlan
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
+from sglang.srt.kvtuner.config.agreement import require_success
 from sglang.srt.kvtuner.config.compatibility import refuse_unsupported_layers
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -23,7 +24,8 @@ class KVTunerAttnBackend(AttentionBackend):
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
         self.pool: KVTunerTokenToKVPool = model_runner.token_to_kv_pool
-        refuse_unsupported_layers(m for m in model_runner.model.modules() if isinstance(m, RadixAttention))
+        layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
+        refuse_unsupported_layers(layers)
         storage, requests = self.pool.storage, model_runner.req_to_token_pool
         self._kernels = make_kernels(storage, self.pool.layer_formats)
         self._planner = self._kernels.planner_class(
@@ -32,6 +34,10 @@ class KVTunerAttnBackend(AttentionBackend):
             req_to_token=requests.req_to_token,
             req_generation=requests.req_generation,
         )
+        # Every rank comes here straight from the pool; none goes on to the capture of graphs, which waits in collectives, before
+        # all have their kernels.
+        heads = max(layer.tp_q_head_num for layer in layers)
+        require_success(lambda: self._kernels.compile(self._planner, heads))
         self.pool.attention = self._kernels.name
         self._plan: Any = None
 

@@ -9,7 +9,8 @@ from sglang.kernels.ops.attention.kvtuner.triton_tile import load_tile, padded, 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+# Compiled once, whatever the lengths of a step are.
+@triton.jit(do_not_specialize=["pages_stride"])
 def attend_decode_kernel(
     q, q_row, q_head, k, k_row, k_head, v, v_row, v_head,
     key_pages, value_pages, key_ring, value_ring, key_sinks, value_sinks,

@@ -6,7 +6,8 @@ import triton.language as tl
 from sglang.kernels.ops.attention.kvtuner.triton_tile import load_tile, padded, rotate
 
 
-@triton.jit
+# Compiled once, whatever the lengths of a step are.
+@triton.jit(do_not_specialize=["pages_stride", "window", "window_tokens"])
 def gather_kernel(
     packed, ring, sinks, slots, prefix_lens, prefix_start, packed_end, pages, pages_stride, window, window_tokens, out,
     F: tl.constexpr, KV_HEADS: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, TOKENS: tl.constexpr,

@@ -7,7 +7,8 @@ from sglang.kernels.ops.attention.kvtuner.triton_pack import pack_tile
 from sglang.kernels.ops.attention.kvtuner.triton_tile import padded
 
 
-@triton.jit
+# Compiled once, whatever the lengths of a step are.
+@triton.jit(do_not_specialize=["pages_stride"])
 def store_pages_kernel(
     k, k_row, k_head, v, v_row, v_head, key_pages, value_pages, key_ring, value_ring, key_sinks, value_sinks,
     slots, query_start, prefix_lens, pages, pages_stride,
