@@ -129,7 +129,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], options: dict[str, An
             signature[name], constexprs[(i,)] = "constexpr", constants[name]
             continue
         signature[name] = _type_of(name, dtype)
-        if signature[name].startswith("*") or name.endswith(("_row", "_head", "_stride")):
+        strides = name.endswith(("_row", "_head", "_stride")) and not kernel.params[i].do_not_specialize
+        if signature[name].startswith("*") or strides:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)

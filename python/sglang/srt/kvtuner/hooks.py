@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ def resolve_or_exit(server_args: Any) -> None:
         server_args.resolve_once()
     except KVTunerConfigError as error:
         raise SystemExit(f"sglang: error: {error}") from None
+
+
+def refusal() -> str | None:
+    """The message of the exception that is being handled where it is one of this package, which says all that there is to say;
+    None for others, of which upstream shows the traceback."""
+    error = sys.exc_info()[1]
+    return str(error) if type(error).__module__.startswith("sglang.srt.kvtuner.") else None
 
 
 def longest_input(limit: int, pool_tokens: int) -> int:

@@ -166,7 +166,9 @@ def test_without_a_compiler_the_reference_serves_and_says_so(cold, caplog):
 
 def test_kernels_that_were_asked_for_by_name_are_not_replaced(cold, caplog, monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "cpu")
-    with pytest.raises(KernelsUnavailable, match="SGLANG_KVTUNER_KERNELS is cpu, but the CPU kernels cannot be built: "):
+    with pytest.raises(
+        KernelsUnavailable, match="SGLANG_KVTUNER_KERNELS is cpu, but the CPU kernels cannot be built: "
+    ):
         chosen(caplog)
 
 

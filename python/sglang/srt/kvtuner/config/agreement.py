@@ -31,6 +31,11 @@ REMINDER = datetime.timedelta(seconds=15)
 MOST_DIFFERENCES = 12
 MOST_FILES = 3
 
+
+class RanksDiffer(RuntimeError):
+    """The ranks cannot serve together; the message has what every one of them is told."""
+
+
 _Made = TypeVar("_Made")
 
 # Every call has keys of its own: a second one would otherwise read what the first one left in the store.
@@ -72,14 +77,14 @@ class Announcement:
 def require_agreement(announce: Callable[[], Announcement]) -> None:
     """Compare this rank's announcement with every other rank's; ``announce`` makes it, and may take its time.
 
-    Raises RuntimeError on every rank, naming the ranks and what differs, or the ranks whose ``announce`` raised and why. Does
+    Raises RanksDiffer on every rank, naming the ranks and what differs, or the ranks whose ``announce`` raised and why. Does
     nothing with one rank.
     """
     if _alone():
         return
     mine, texts = _together(announce, lambda made: json.dumps(asdict(made)))
     if problems := _problems(mine, [Announcement(**json.loads(text)) for text in texts]):
-        raise RuntimeError(
+        raise RanksDiffer(
             f"Quantized KV cache: ranks differ in what they must have in common. This is {_describe([dist.get_rank()], mine)}. "
             f"{'. '.join(problems)}. Start every node with the same flags, model and package"
         )
@@ -91,7 +96,7 @@ def require_agreement(announce: Callable[[], Announcement]) -> None:
 
 
 def require_success(work: Callable[[], None]) -> None:
-    """Do ``work`` on every rank. Where it raises on one, every rank raises RuntimeError with the rank, its host and the reason;
+    """Do ``work`` on every rank. Where it raises on one, every rank raises RanksDiffer with the rank, its host and the reason;
     with one rank, what ``work`` raises."""
     if _alone():
         work()
@@ -104,7 +109,7 @@ def _alone() -> bool:
 
 
 def _together(make: Callable[[], _Made], text_of: Callable[[_Made], str]) -> tuple[_Made, list[str]]:
-    """What ``make`` makes on this rank, and the texts of what it made on every rank. Raises RuntimeError on every rank where it
+    """What ``make`` makes on this rank, and the texts of what it made on every rank. Raises RanksDiffer on every rank where it
     raised on one, or where a rank does not come."""
     rank, world_size, host = dist.get_rank(), dist.get_world_size(), socket.gethostname()
     store = dist.PrefixStore(f"sglang/kvtuner/agreement/{next(_calls)}", dist.distributed_c10d._get_default_store())
@@ -120,7 +125,7 @@ def _together(make: Callable[[], _Made], text_of: Callable[[_Made], str]) -> tup
     answers = [json.loads(text) for text in texts]
     _wait_for_readers(store, rank, world_size)
     if failed := _failures(answers, hosts):
-        raise RuntimeError(
+        raise RanksDiffer(
             f"Quantized KV cache: {'. '.join(failed)}. All ranks stop; this is rank {rank} on {host}"
         ) from cause
     return made, [answer["text"] for answer in answers]
@@ -179,7 +184,7 @@ def _exchange(
     store: dist.Store, what: str, rank: int, text: str, hosts: Sequence[str | None], timeout: datetime.timedelta
 ) -> list[str]:
     """Give this rank's text and return every rank's, by rank. hosts: of every rank, None where it is not known yet. Raises
-    RuntimeError naming the ranks that give none."""
+    RanksDiffer naming the ranks that give none."""
     keys = [f"{what}/{other}" for other in range(len(hosts))]
     try:
         store.set(keys[rank], text)
@@ -191,7 +196,7 @@ def _exchange(
             reason = "rank 0's node ended before every rank had announced its cache format; its log says more"
         else:
             reason = f"{_where(silent, hosts)} announced no cache format within {timeout.seconds} s"
-        raise RuntimeError(
+        raise RanksDiffer(
             f"Quantized KV cache: {reason} (seen from rank {rank} on {socket.gethostname()}). Start every node with "
             "--enable-kvtuner-quant and the same --kvtuner-* flags, or see what the log of that node says"
         ) from error
