@@ -54,17 +54,17 @@ def requested_kernels(device: str) -> str:
     return wanted
 
 
-def choose_kernels(device: str, formats: Sequence[LayerFormat]) -> Choice:
-    """The best implementation for a cache of ``formats`` on ``device``, ready for use.
+def choose_kernels(device: str, formats: Sequence[LayerFormat], *, prepare: bool = True) -> Choice:
+    """The best implementation for a cache of ``formats`` on ``device``, ready for use unless ``prepare`` is False.
 
     A process chooses once: what ranks agreed on, what memory was counted for and what serves is one choice. Raises
-    KVTunerConfigError as :func:`requested_kernels`, and KernelsUnavailable where kernels that were asked for by name cannot serve.
+    KVTunerConfigError as :func:`requested_kernels`, and where kernels that were asked for by name cannot serve.
     """
-    return _choose(_kind(device), requested_kernels(device), tuple(dict.fromkeys(formats)))
+    return _choose(_kind(device), requested_kernels(device), tuple(dict.fromkeys(formats)), prepare)
 
 
 @cache
-def _choose(kind: str, wanted: str, formats: tuple[LayerFormat, ...]) -> Choice:
+def _choose(kind: str, wanted: str, formats: tuple[LayerFormat, ...], prepare: bool) -> Choice:
     if wanted == REFERENCE:
         return Choice(ReferenceKernels, (f"{VARIABLE}={wanted}",))
     table = (_TRITON,) if (kind, wanted) == ("cpu", "triton") else _KERNELS.get(kind, ())
@@ -76,13 +76,14 @@ def _choose(kind: str, wanted: str, formats: tuple[LayerFormat, ...]) -> Choice:
         reason = next(filter(None, map(kernels.supports, formats)), None)
         if reason is None:
             try:
-                kernels.prepare()
+                if prepare:
+                    kernels.prepare()
             except KernelsUnavailable as e:
                 reason = str(e)
             else:
                 return Choice(kernels, tuple(reasons))
         if wanted == name:
-            raise KernelsUnavailable(f"{VARIABLE} is {wanted}, but {reason}")
+            raise KVTunerConfigError(f"{VARIABLE} is {wanted}, but {reason}")
         reasons.append(reason)
     return Choice(ReferenceKernels, tuple(reasons))
 

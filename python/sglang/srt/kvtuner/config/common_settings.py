@@ -51,7 +51,7 @@ PICKED_FIELDS = (
     *("constrained_json_whitespace_pattern", "constrained_json_disable_any_whitespace"),
 )
 # Which attention computes, and what schedulers read from the environment. The instruction set of the CPU kernels is not
-# among them: nodes may have different processors, and pages have the same bytes on all.
+# among them: nodes may have different processors. Pages have the same bytes on all, and a rank's heads are computed by no other.
 VARIABLES = (
     "SGLANG_KVTUNER_KERNELS",
     *("SGLANG_INIT_NEW_TOKEN_RATIO", "SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS"),
