@@ -17,10 +17,10 @@ from harness.kernels import cpu_kernels
 from sglang.kernels.jit.utils.compile import toolchain
 from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
 from sglang.srt.kvtuner.attention import cpu, dispatch
-from sglang.srt.kvtuner.attention.base import KernelsUnavailable
 from sglang.srt.kvtuner.attention.dispatch import make_kernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.cache.storage import CacheStorage
+from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 
 FORMAT = TensorFormat(4, True, 1, 32, 64, 64, True)
@@ -167,7 +167,7 @@ def test_without_a_compiler_the_reference_serves_and_says_so(cold, caplog):
 def test_kernels_that_were_asked_for_by_name_are_not_replaced(cold, caplog, monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "cpu")
     with pytest.raises(
-        KernelsUnavailable, match="SGLANG_KVTUNER_KERNELS is cpu, but the CPU kernels cannot be built: "
+        KVTunerConfigError, match="SGLANG_KVTUNER_KERNELS is cpu, but the CPU kernels cannot be built: "
     ):
         chosen(caplog)
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from harness.server_args import server_args, write_model
 from sglang.srt.kvtuner import hooks
 from sglang.srt.kvtuner.attention import dispatch
-from sglang.srt.kvtuner.attention.base import KernelsUnavailable
 from sglang.srt.kvtuner.attention.cpu import CpuKernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.config import agreement
