@@ -218,7 +218,7 @@ def test_a_node_with_weaker_kernels_stops_every_rank(run, arguments):
 
 def test_a_node_without_the_kernels_that_all_were_told_to_take(run, arguments):
     def refuse_to(device, formats):
-        raise KernelsUnavailable(
+        raise KVTunerConfigError(
             f"{dispatch.VARIABLE} is cpu, but {len(set(formats))} formats are too many on a {device}"
         )
 
