@@ -17,7 +17,7 @@ from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.config import agreement
 from sglang.srt.kvtuner.config.agreement import Announcement
 from sglang.srt.kvtuner.config.cache_format import build_cache_format
-from sglang.srt.kvtuner.config.flags import KVTunerConfig
+from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
 
 # Forked children have everything imported; there are no threads of torch to lose, as tests compute with one.
 processes = multiprocessing.get_context("fork")
