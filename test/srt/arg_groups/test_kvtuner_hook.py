@@ -233,7 +233,8 @@ def test_residual_windows_beyond_the_memory_of_the_machine(model):
             "avx512",
             "SGLANG_KVTUNER_CPU_ISA is 'avx512', but this machine's processor has no avx",
         ),
-        ("SGLANG_KVTUNER_KERNELS", "fast", "SGLANG_KVTUNER_KERNELS is 'fast'; valid are auto, reference"),
+        ("SGLANG_KVTUNER_KERNELS", "fast", "SGLANG_KVTUNER_KERNELS is 'fast'; valid on cpu are auto, reference, cpu"),
+        ("SGLANG_KVTUNER_KERNELS", "triton", "SGLANG_KVTUNER_KERNELS is 'triton' on a CPU, which is for tests"),
     ],
 )
 def test_kernels_that_the_environment_cannot_have(model, monkeypatch, tmp_path, variable, value, message):

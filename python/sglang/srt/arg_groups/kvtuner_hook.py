@@ -29,6 +29,7 @@ def handle_kvtuner(server_args: Any) -> None:
         return
 
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+    from sglang.srt.kvtuner.attention.dispatch import requested_kernels
     from sglang.srt.kvtuner.config import compatibility, limits
     from sglang.srt.kvtuner.config.cache_format import build_cache_format
     from sglang.srt.kvtuner.config.preset_header import warn_of_mismatch
@@ -36,7 +37,9 @@ def handle_kvtuner(server_args: Any) -> None:
     view = resolving_view(server_args)
     config = KVTunerConfig.from_args(server_args)
     compatibility.refuse_unsupported_device(view.device)
-    compatibility.refuse_unsupported_environment(view.device)
+    compatibility.refuse_unsupported_instruction_set(view.device)
+    compatibility.refuse_unsupported_prefill(view.device)
+    requested_kernels(view.device)
     # Against the raw record: a default that resolution filled in is no request of the user's.
     compatibility.refuse_unsupported_features(server_args)
     page_size = limits.page_size_of(server_args.page_size)

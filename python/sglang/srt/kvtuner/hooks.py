@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
     from sglang.srt.kvtuner.cache.sizing import KVTunerPoolConfigurator
+    from sglang.srt.kvtuner.config.agreement import Announcement
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.server_args import ServerArgs
@@ -34,6 +36,13 @@ def resolve_or_exit(server_args: Any) -> None:
         raise SystemExit(f"sglang: error: {error}") from None
 
 
+def refusal() -> str | None:
+    """The message of the exception that is being handled where it is one of this package, which says all that there is to say;
+    None for others, of which upstream shows the traceback."""
+    error = sys.exc_info()[1]
+    return str(error) if type(error).__module__.startswith("sglang.srt.kvtuner.") else None
+
+
 def longest_input(limit: int, pool_tokens: int) -> int:
     """Upstream's limit on the length of a prompt, lowered to what its scheduler admits to a pool of ``pool_tokens``."""
     from sglang.srt.kvtuner.config.limits import longest_input
@@ -50,14 +59,30 @@ def held_back_tokens(page_size: int) -> int:
 
 
 def require_same_setup(server_args: ServerArgs) -> None:
-    """Stop every rank where one has other flags, another model or other code.
+    """Stop every rank where one has other flags, another model, other code or other kernels.
 
     Called as soon as the ranks' process group stands, before the model is loaded. Raises RuntimeError on all ranks.
     """
     from sglang.srt.kvtuner.config.agreement import require_agreement
-    from sglang.srt.kvtuner.config.common_settings import setup_of
 
-    require_agreement(lambda: setup_of(server_args))
+    require_agreement(lambda: _setup_with_kernels(server_args))
+
+
+def _setup_with_kernels(server_args: ServerArgs) -> Announcement:
+    """What ranks must have in common, and the kernels that this one has chosen, built and ready."""
+    from dataclasses import replace
+
+    from sglang.srt.kvtuner.attention.dispatch import choose_kernels
+    from sglang.srt.kvtuner.config.common_settings import resolved_cache_format, setup_of
+
+    setup = setup_of(server_args)
+    layers = resolved_cache_format(server_args).layers
+    kernels, reasons = choose_kernels(server_args.resolved_dict()["device"], layers)
+    return replace(
+        setup,
+        values={**setup.values, "kernels": kernels.identity()},
+        remarks={"kernels": "; ".join(reasons)} if reasons else {},
+    )
 
 
 def build_configurator(kvc: KVCacheConfigurator) -> KVTunerPoolConfigurator:

@@ -10,6 +10,7 @@ from torch import nn
 from harness.cache import RequestTable, mixed_format
 from harness.cache_model import naive_attention
 from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
+from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.kvtuner.format.page_codec import pack_pages, unpack_pages
@@ -156,6 +157,20 @@ def test_attention_variants_are_refused_rather_than_ignored(change):
     with pytest.raises(NotImplementedError, match="layer 2 .*q_rope" if "q_rope" in change else "layer 2 "):
         server.backend.forward_decode(**arguments)
     server.backend.forward_decode(**{**arguments, "k": kv, "v": kv, "save_kv_cache": True, "q_rope": None})
+
+
+def test_kernels_are_compiled_before_the_backend_is_there(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Kernels, "compile", lambda *arguments: asked.append(arguments))
+    backend = Server(16, heads=6).backend
+    assert asked == [(backend._kernels, backend._planner, 6)]
+
+    def fail(*arguments):
+        raise KernelsUnavailable("no compiler")
+
+    monkeypatch.setattr(Kernels, "compile", fail)
+    with pytest.raises(KernelsUnavailable, match="no compiler"):
+        Server(16)
 
 
 def test_layers_with_a_variant_are_refused_when_the_model_is_loaded():

@@ -16,10 +16,12 @@ import torch
 from harness.kernels import cpu_kernels
 from sglang.kernels.jit.utils.compile import toolchain
 from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
+from sglang.srt.kvtuner.attention import cpu, dispatch
 from sglang.srt.kvtuner.attention.base import Workload
 from sglang.srt.kvtuner.attention.dispatch import make_kernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.cache.storage import CacheStorage
+from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.kvtuner.format.formats import LayerFormat, TensorFormat
 
 FORMAT = TensorFormat(4, True, 1, 32, 64, 64, True)
@@ -124,9 +126,11 @@ def cold(monkeypatch, tmp_path):
     # Upstream asks once for the compiler, and another test may have asked before.
     monkeypatch.setattr(toolchain, "host_compiler_path", lambda: "c++")
     ninja = shutil.which("ninja", path=os.pathsep.join([os.path.dirname(sys.executable), os.defpath]))
-    cpu_ops.module.cache_clear()
+    for chosen_once in (cpu_ops.module, dispatch._choose):
+        chosen_once.cache_clear()
     yield tools, ninja
-    cpu_ops.module.cache_clear()
+    for chosen_once in (cpu_ops.module, dispatch._choose):
+        chosen_once.cache_clear()
 
 
 def chosen(caplog):
@@ -159,6 +163,25 @@ def test_without_a_compiler_the_reference_serves_and_says_so(cold, caplog):
     kernels, said = chosen(caplog)
     assert isinstance(kernels, ReferenceKernels)
     assert "torch reference" in said and "c++ not found on PATH" in said
+
+
+def test_kernels_that_were_asked_for_by_name_are_not_replaced(cold, caplog, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "cpu")
+    with pytest.raises(
+        KVTunerConfigError, match="SGLANG_KVTUNER_KERNELS is cpu, but the CPU kernels cannot be built: "
+    ):
+        chosen(caplog)
+
+
+def test_a_process_chooses_once(cold, caplog):
+    """Memory is counted for what was chosen first, and ranks have compared it: a compiler that comes later changes nothing."""
+    assert isinstance(chosen(caplog)[0], ReferenceKernels)
+    cpu_ops.module.cache_clear()
+    prepared = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu.CpuKernels, "prepare", lambda: prepared.append(1))
+        assert isinstance(chosen(caplog)[0], ReferenceKernels)
+    assert not prepared
 
 
 def test_a_compiler_that_fails_is_quoted(cold, caplog, tmp_path):

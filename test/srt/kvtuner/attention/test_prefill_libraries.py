@@ -17,7 +17,7 @@ from sglang.srt.kvtuner.attention.prefill_libraries import LIBRARIES, VARIABLE, 
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.attention.triton import TritonKernels, interpreted
 from sglang.srt.kvtuner.attention.triton_extend import Workspace
-from sglang.srt.kvtuner.config.compatibility import PREFILLS, refuse_unsupported_environment
+from sglang.srt.kvtuner.config.compatibility import PREFILLS, refuse_unsupported_prefill
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 
 WORKLOAD = Workload(32, 8, 128, page_size=64, dtype=torch.bfloat16, most_pages=100)
@@ -131,9 +131,9 @@ def test_a_library_that_does_not_import_is_refused(libraries, monkeypatch):
 def test_the_variable_is_checked_at_start(monkeypatch):
     assert PREFILLS["cuda"] == ("auto", "triton", *LIBRARIES)
     monkeypatch.setenv(VARIABLE, "fa3")
-    refuse_unsupported_environment("cuda")
+    refuse_unsupported_prefill("cuda")
     with pytest.raises(KVTunerConfigError, match="SGLANG_KVTUNER_PREFILL is 'fa3'; valid are auto, triton"):
-        refuse_unsupported_environment("cpu")
+        refuse_unsupported_prefill("cpu")
 
 
 def test_what_libraries_take_is_counted(libraries):

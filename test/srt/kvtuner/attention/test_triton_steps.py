@@ -8,7 +8,7 @@ import torch
 from harness.cache_model import CacheModel
 from harness.formats import mixed_layers, tensor_format
 from harness.peak import peak_memory
-from sglang.srt.kvtuner.attention import dispatch, triton_extend
+from sglang.srt.kvtuner.attention import dispatch, triton_compile, triton_extend
 from sglang.srt.kvtuner.attention import triton as triton_kernels
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.attention.steps import StepPlan, StepPlanner
@@ -252,10 +252,23 @@ def test_query_heads_of_a_group(heads, kv_heads):
     model.check()
 
 
+def test_trials_before_serving_leave_no_trace():
+    """In a cache that holds requests: padding's ring is zeros as before, nothing else is written."""
+    model = make_model(mixed_layers(16, sinks=4)[1:2], lengths=(47, 63))
+    model.step((1, 1), (2, 1))
+    buffers = [x for half in model.storage.keys + model.storage.values for x in (half.pages, half.ring, half.sinks)]
+    before = [x.clone() for x in buffers]
+    triton_compile.try_kernels(model.kernels, model.planner, 3, workspace_tokens=32)
+    assert all(torch.equal(x, y) for x, y in zip(before, buffers, strict=True))
+    assert not model.storage.layers[0].key.ring[0].any()
+    assert model.step((1, 1), (2, 2)) <= 1e-5
+    model.check()
+
+
 def test_chosen_on_a_cpu_by_name_alone(monkeypatch):
     formats = mixed_layers(16)
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    assert dispatch.choose_kernels("cpu", formats) == (TritonKernels, [])
+    assert dispatch.choose_kernels("cpu", formats) == (TritonKernels, ())
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         dispatch.choose_kernels("cpu", formats)

@@ -1,5 +1,6 @@
 """What ranks with different formats, or without one, are told."""
 
+import dataclasses
 import datetime
 
 import pytest
@@ -81,7 +82,25 @@ def test_silent_ranks_are_named():
     for rank in (0, 2):
         store.set(f"present/{rank}", "")
     with pytest.raises(RuntimeError, match="ranks 1, 3 announced no cache format .* with --enable-kvtuner-quant"):
-        agreement._exchange(store, "present", 0, "", 4, datetime.timedelta(milliseconds=100))
+        agreement._exchange(store, "present", 0, "", [None] * 4, datetime.timedelta(milliseconds=100))
+
+
+def test_a_rank_that_waits_says_for_whom(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(agreement, "REMINDER", datetime.timedelta(milliseconds=50))
+    store = dist.HashStore()
+    store.set("answer/1", "")
+    with pytest.raises(RuntimeError, match="ranks 2, 3 on b, c announced no cache format within 0 s"):
+        agreement._exchange(store, "answer", 0, "", ["a", "a", "b", "c"], datetime.timedelta(milliseconds=200))
+    assert caplog.messages[0] == "Quantized KV cache: waiting for ranks 2, 3 on b, c (0 s)"
+    assert 2 <= len(caplog.messages) <= 4
+
+
+def test_a_value_is_told_with_its_remark():
+    mine = announcement(values={"kernels": "fast"})
+    theirs = dataclasses.replace(announcement(values={"kernels": "slow"}), remarks={"kernels": "no compiler"})
+    assert mine.differences(theirs) == ["kernels: here fast, there slow (no compiler)"]
+    assert theirs.differences(dataclasses.replace(theirs, remarks={"kernels": "no linker"})) == []
 
 
 def test_a_store_that_is_gone_points_to_node_0():
@@ -92,7 +111,7 @@ def test_a_store_that_is_gone_points_to_node_0():
         check = set
 
     with pytest.raises(RuntimeError, match="rank 0's node ended before every rank had announced its cache format"):
-        agreement._exchange(Gone(), "present", 1, "", 2, agreement.TIMEOUT)
+        agreement._exchange(Gone(), "present", 1, "", [None] * 2, agreement.TIMEOUT)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from sglang.srt.kvtuner.attention.base import Workload
 from sglang.srt.kvtuner.attention.dispatch import make_kernels
 from sglang.srt.kvtuner.attention.steps import StepPlan
 from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
+from sglang.srt.kvtuner.config.agreement import require_success
 from sglang.srt.kvtuner.config.compatibility import refuse_unsupported_layers
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -49,6 +50,9 @@ class KVTunerAttnBackend(AttentionBackend):
             req_to_token=requests.req_to_token,
             req_generation=requests.req_generation,
         )
+        # Every rank comes here straight from the pool; none goes on to the capture of graphs, which waits in collectives, before
+        # all have their kernels.
+        require_success(lambda: self._kernels.compile(self._planner, workload))
         self.pool.attention = self._kernels.name
         self.pool.kernel_bytes = {use.name: use.bytes(storage.num_slots) for use in self._kernels.memory(workload)}
         # Upstream copies the lengths of a decode batch to the host for who asks, which waits for the device.

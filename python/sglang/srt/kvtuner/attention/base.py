@@ -47,8 +47,8 @@ class Workload:
 class Kernels(ABC):
     """Attention over one cache, and storing into it.
 
-    name: for logs and reports. planner_class: what makes the plans of its steps. graph_safe: a decode step, plan included, is
-    nothing but launches over buffers that stay where they are, so that CUDA graphs can replay it.
+    name: for logs and reports; an instance may say more. planner_class: what makes the plans of its steps. graph_safe: a decode
+    step, plan included, is nothing but launches over buffers that stay where they are, so that CUDA graphs can replay it.
     """
 
     name: str
@@ -67,6 +67,16 @@ class Kernels(ABC):
     @classmethod
     def prepare(cls) -> None:
         """Build or load what the implementation needs, once per process. Raises KernelsUnavailable where that cannot be."""
+
+    @classmethod
+    def identity(cls) -> str:
+        """What all ranks of a server must have alike: the name, and the version of what compiles the kernels where nodes may have
+        different ones. Their sources are compared with all other code."""
+        return cls.name
+
+    def compile(self, planner: StepPlanner, workload: Workload) -> None:
+        """Compile, load and try all that steps with plans of ``planner`` will launch, so that neither the capture of a CUDA graph
+        nor a request waits for a compiler. Leaves no trace in the cache. Raises KernelsUnavailable."""
 
     @classmethod
     def memory(cls, workload: Workload) -> tuple[KernelMemory, ...]:

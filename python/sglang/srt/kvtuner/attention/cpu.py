@@ -25,6 +25,8 @@ class CpuKernels(Kernels):
     the classes here.
     """
 
+    name = "C++"
+
     def __init__(self, storage: CacheStorage, workload: Workload | None = None) -> None:
         super().__init__(storage, workload)
         self._module = ops.module()

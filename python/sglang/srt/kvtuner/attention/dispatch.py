@@ -6,16 +6,19 @@ import importlib
 import logging
 import os
 from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable, Workload
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.config.compatibility import KERNELS_VARIABLE as VARIABLE
+from sglang.srt.kvtuner.config.flags import KVTunerConfigError, shown
 from sglang.srt.kvtuner.format.formats import LayerFormat
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference"
+AUTO, REFERENCE = "auto", "reference"
 
 _TRITON = ("triton", "sglang.srt.kvtuner.attention.triton", "TritonKernels")
 # Implementations by device type, the best first: name, module, class. Modules are imported when they are asked for.
@@ -25,33 +28,49 @@ _KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-def choose_kernels(
-    device: str, formats: Sequence[LayerFormat], *, prepare: bool = True
-) -> tuple[type[Kernels], list[str]]:
-    """The best implementation for a cache of ``formats`` on ``device`` ("cpu", "cuda:0"), ready for use unless ``prepare`` is
-    False, and for each better one why it is not that.
+class Choice(NamedTuple):
+    """kernels: the implementation that serves. reasons: for each better one, why it is not that."""
 
-    ``SGLANG_KVTUNER_KERNELS`` leaves one of them: ``reference`` or a name of the table. On a CPU ``triton`` is valid as well,
-    for tests, where TRITON_INTERPRET=1 makes Triton interpret its kernels. Raises ValueError for other values than these and
-    "auto".
+    kernels: type[Kernels]
+    reasons: tuple[str, ...]
+
+
+def requested_kernels(device: str) -> str:
+    """What SGLANG_KVTUNER_KERNELS asks for on ``device`` ("cpu", "cuda:0"): ``auto``, ``reference`` or a name of the table.
+
+    On a CPU ``triton`` is valid as well, for tests, where TRITON_INTERPRET=1 makes Triton interpret its kernels. Raises
+    KVTunerConfigError for other values.
     """
-    kind = str(device).partition(":")[0]
-    table = _KERNELS.get(kind, ())
-    wanted = os.environ.get(VARIABLE, "auto")
-    if kind == "cpu" and wanted == "triton":
+    kind, wanted = _kind(device), os.environ.get(VARIABLE, AUTO)
+    if (kind, wanted) == ("cpu", "triton"):
         if os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
+            raise KVTunerConfigError(
                 f"{VARIABLE} is 'triton' on a CPU, which is for tests: valid with TRITON_INTERPRET=1 alone, Triton's interpreter"
             )
-        table = (_TRITON,)
-    names = ["auto", REFERENCE, *(name for name, _, _ in table)]
+        return wanted
+    names = [AUTO, REFERENCE, *(name for name, _, _ in _KERNELS.get(kind, ()))]
     if wanted not in names:
-        raise ValueError(f"{VARIABLE} is {wanted!r}; valid on {device} are {', '.join(map(repr, names))}")
+        raise KVTunerConfigError(f"{VARIABLE} is {shown(wanted)}; valid on {kind} are {', '.join(names)}")
+    return wanted
+
+
+def choose_kernels(device: str, formats: Sequence[LayerFormat], *, prepare: bool = True) -> Choice:
+    """The best implementation for a cache of ``formats`` on ``device``, ready for use unless ``prepare`` is False.
+
+    A process chooses once: what ranks agreed on, what memory was counted for and what serves is one choice. Raises
+    KVTunerConfigError as :func:`requested_kernels`, and where kernels that were asked for by name cannot serve.
+    """
+    return _choose(_kind(device), requested_kernels(device), tuple(dict.fromkeys(formats)), prepare)
+
+
+@cache
+def _choose(kind: str, wanted: str, formats: tuple[LayerFormat, ...], prepare: bool) -> Choice:
     if wanted == REFERENCE:
-        return ReferenceKernels, [f"{VARIABLE}={wanted}"]
-    reasons = [] if table else [f"there are no kernels for {device}"]
+        return Choice(ReferenceKernels, (f"{VARIABLE}={wanted}",))
+    table = (_TRITON,) if (kind, wanted) == ("cpu", "triton") else _KERNELS.get(kind, ())
+    reasons = [] if table else [f"there are no kernels for {kind}"]
     for name, module, attribute in table:
-        if wanted not in ("auto", name):
+        if wanted not in (AUTO, name):
             continue
         kernels: type[Kernels] = getattr(importlib.import_module(module), attribute)
         reason = next(filter(None, map(kernels.supports, formats)), None)
@@ -62,9 +81,11 @@ def choose_kernels(
             except KernelsUnavailable as e:
                 reason = str(e)
             else:
-                return kernels, reasons
+                return Choice(kernels, tuple(reasons))
+        if wanted == name:
+            raise KVTunerConfigError(f"{VARIABLE} is {wanted}, but {reason}")
         reasons.append(reason)
-    return ReferenceKernels, reasons
+    return Choice(ReferenceKernels, tuple(reasons))
 
 
 def why_no_decode_graphs(device: str, formats: Sequence[LayerFormat]) -> str | None:
@@ -85,3 +106,7 @@ def make_kernels(storage: CacheStorage, formats: Sequence[LayerFormat], workload
     else:
         logger.info("Attention over the quantized KV cache: %s", kernels.name)
     return kernels
+
+
+def _kind(device: str) -> str:
+    return str(device).partition(":")[0]

@@ -14,7 +14,8 @@ from sglang.kernels.ops.attention.kvtuner.triton_merge import merge_splits_kerne
 from sglang.kernels.ops.attention.kvtuner.triton_pack import pack_pages_kernel
 from sglang.kernels.ops.attention.kvtuner.triton_store import store_pages_kernel, store_rows_kernel
 from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable, Workload
-from sglang.srt.kvtuner.attention.steps import StepPlan
+from sglang.srt.kvtuner.attention.steps import StepPlan, StepPlanner
+from sglang.srt.kvtuner.attention.triton_compile import try_kernels
 from sglang.srt.kvtuner.attention.triton_extend import ExtendPlan, Workspace
 from sglang.srt.kvtuner.attention.triton_planner import TritonPlanner
 from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
@@ -62,8 +63,23 @@ class TritonKernels(Kernels):
 
     @classmethod
     def prepare(cls) -> None:
-        if not interpreted() and not torch.cuda.is_available():
+        if interpreted():
+            return
+        if not torch.cuda.is_available():
             raise KernelsUnavailable("Triton finds no GPU")
+        try:
+            # Triton builds a part of itself here, with the machine's C compiler.
+            triton.runtime.driver.active.get_current_target()
+        except Exception as e:
+            raise KernelsUnavailable(f"Triton cannot launch kernels: {e}") from e
+
+    @classmethod
+    def identity(cls) -> str:
+        return f"{cls.name} {triton.__version__}"
+
+    def compile(self, planner: StepPlanner, workload: Workload) -> None:
+        if not interpreted():
+            try_kernels(self, planner, workload.heads, workload.workspace_tokens)
 
     @classmethod
     def memory(cls, workload: Workload) -> tuple[KernelMemory, ...]:

@@ -1,4 +1,8 @@
-"""Do all ranks hold the same cache format, and serve the same model with the same settings and code?"""
+"""Do all ranks hold the same cache format, and serve the same model with the same settings and code? Where one cannot, all stop.
+
+Ranks talk through the process group's store rather than in collectives: in a collective that a rank does not enter, the others
+wait without a word.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import itertools
 import json
 import logging
 import socket
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -17,12 +22,21 @@ from sglang.srt.kvtuner.config.cache_format import CacheFormat
 
 logger = logging.getLogger(__name__)
 
-# How long to wait for a rank to come at all, and for it to have looked through its model's files.
+# How long to wait for a rank to come at all, and for what it then has to do: look through its model's files, build kernels.
 TIMEOUT = datetime.timedelta(seconds=60)
-TIMEOUT_OF_FILES = datetime.timedelta(seconds=600)
+TIMEOUT_OF_WORK = datetime.timedelta(seconds=600)
+# A rank that waits says so in its log as often as this.
+REMINDER = datetime.timedelta(seconds=15)
 # A message has at most so many differences of one node, and so many files of one kind.
 MOST_DIFFERENCES = 12
 MOST_FILES = 3
+
+
+class RanksDiffer(RuntimeError):
+    """The ranks cannot serve together; the message has what every one of them is told."""
+
+
+_Made = TypeVar("_Made")
 
 # Every call has keys of its own: a second one would otherwise read what the first one left in the store.
 _calls = itertools.count()
@@ -33,7 +47,8 @@ class Announcement:
     """What a rank says of itself.
 
     format_digest, cache_format: the cache format's digest and settings. values: settings as text, by flag or name.
-    files: by kind, for every file's name what tells its content. host: the machine's name.
+    files: by kind, for every file's name what tells its content. host: the machine's name. remarks: by name of a value, why it
+    is that; not compared, but told where the value differs.
     """
 
     format_digest: str
@@ -41,6 +56,7 @@ class Announcement:
     values: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     host: str = field(default_factory=socket.gethostname)
+    remarks: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cache_format: CacheFormat, **rest: Any) -> Announcement:
@@ -51,7 +67,7 @@ class Announcement:
         found = format_differences(self.cache_format, other.cache_format)
         for name in dict.fromkeys([*self.values, *other.values]):
             if _differ(name, self.values, other.values):
-                found.append(f"{name}: {_both(name, self.values, other.values)}")
+                found.append(f"{name}: {_both(name, _remarked(self), _remarked(other))}")
         # A kind of file that one side could not look at is not compared.
         for kind in [kind for kind in self.files if kind in other.files]:
             found += _file_differences(kind, self.files[kind], other.files[kind])
@@ -61,29 +77,58 @@ class Announcement:
 def require_agreement(announce: Callable[[], Announcement]) -> None:
     """Compare this rank's announcement with every other rank's; ``announce`` makes it, and may take its time.
 
-    Uses the process group's store rather than a collective, so that a rank started without the quantized cache is
-    noticed instead of waited for. Raises RuntimeError on every rank, naming the ranks and what differs. Does nothing
-    with one rank.
+    Raises RanksDiffer on every rank, naming the ranks and what differs, or the ranks whose ``announce`` raised and why. Does
+    nothing with one rank.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _alone():
         return
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    store = dist.PrefixStore(f"sglang/kvtuner/agreement/{next(_calls)}", dist.distributed_c10d._get_default_store())
-    _exchange(store, "present", rank, "", world_size, TIMEOUT)
-    mine = announce()
-    texts = _exchange(store, "announcement", rank, json.dumps(asdict(mine)), world_size, TIMEOUT_OF_FILES)
-    problems = _problems(mine, [Announcement(**json.loads(text)) for text in texts])
-    _wait_for_readers(store, rank, world_size)
-    if problems:
-        raise RuntimeError(
-            f"Quantized KV cache: ranks differ in what they must have in common. This is {_describe([rank], mine)}. "
+    mine, texts = _together(announce, lambda made: json.dumps(asdict(made)))
+    if problems := _problems(mine, [Announcement(**json.loads(text)) for text in texts]):
+        raise RanksDiffer(
+            f"Quantized KV cache: ranks differ in what they must have in common. This is {_describe([dist.get_rank()], mine)}. "
             f"{'. '.join(problems)}. Start every node with the same flags, model and package"
         )
     compared = ", ".join([*(["settings"] if mine.values else []), *mine.files])
     logger.info(
         "Quantized KV cache: all %d ranks hold cache format %s%s",
-        world_size, mine.format_digest[:12], f" and the same {compared}" if compared else "",
+        len(texts), mine.format_digest[:12], f" and the same {compared}" if compared else "",
     )  # fmt: skip
+
+
+def require_success(work: Callable[[], None]) -> None:
+    """Do ``work`` on every rank. Where it raises on one, every rank raises RanksDiffer with the rank, its host and the reason;
+    with one rank, what ``work`` raises."""
+    if _alone():
+        work()
+    else:
+        _together(work, lambda _: "")
+
+
+def _alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def _together(make: Callable[[], _Made], text_of: Callable[[_Made], str]) -> tuple[_Made, list[str]]:
+    """What ``make`` makes on this rank, and the texts of what it made on every rank. Raises RanksDiffer on every rank where it
+    raised on one, or where a rank does not come."""
+    rank, world_size, host = dist.get_rank(), dist.get_world_size(), socket.gethostname()
+    store = dist.PrefixStore(f"sglang/kvtuner/agreement/{next(_calls)}", dist.distributed_c10d._get_default_store())
+    hosts = _exchange(store, "present", rank, host, [None] * world_size, TIMEOUT)
+    made: Any = None
+    cause: Exception | None = None
+    try:
+        made = make()
+        answer = {"text": text_of(made)}
+    except Exception as error:
+        answer, cause = {"failure": str(error) or repr(error)}, error
+    texts = _exchange(store, "answer", rank, json.dumps(answer), hosts, TIMEOUT_OF_WORK)
+    answers = [json.loads(text) for text in texts]
+    _wait_for_readers(store, rank, world_size)
+    if failed := _failures(answers, hosts):
+        raise RanksDiffer(
+            f"Quantized KV cache: {'. '.join(failed)}. All ranks stop; this is rank {rank} on {host}"
+        ) from cause
+    return made, [answer["text"] for answer in answers]
 
 
 def format_differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -124,29 +169,54 @@ def _differ(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> bo
     return mine.get(name) != theirs.get(name)
 
 
+def _remarked(announcement: Announcement) -> dict[str, str]:
+    remarks = announcement.remarks
+    return {
+        name: f"{value} ({remarks[name]})" if name in remarks else value for name, value in announcement.values.items()
+    }
+
+
 def _both(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
     return f"here {mine.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
 
 
 def _exchange(
-    store: dist.Store, what: str, rank: int, text: str, world_size: int, timeout: datetime.timedelta
+    store: dist.Store, what: str, rank: int, text: str, hosts: Sequence[str | None], timeout: datetime.timedelta
 ) -> list[str]:
-    """Give this rank's text and return every rank's, by rank. Raises RuntimeError naming the ranks that give none."""
-    keys = [f"{what}/{other}" for other in range(world_size)]
+    """Give this rank's text and return every rank's, by rank. hosts: of every rank, None where it is not known yet. Raises
+    RanksDiffer naming the ranks that give none."""
+    keys = [f"{what}/{other}" for other in range(len(hosts))]
     try:
         store.set(keys[rank], text)
-        store.wait(keys, timeout)
+        _wait(store, keys, hosts, timeout)
         return [store.get(key).decode() for key in keys]
     except RuntimeError as error:
         silent = _silent_ranks(store, keys)
         if silent is None:
             reason = "rank 0's node ended before every rank had announced its cache format; its log says more"
         else:
-            reason = f"{_ranks(silent) if silent else 'a rank'} announced no cache format within {timeout.seconds} s"
-        raise RuntimeError(
+            reason = f"{_where(silent, hosts)} announced no cache format within {timeout.seconds} s"
+        raise RanksDiffer(
             f"Quantized KV cache: {reason} (seen from rank {rank} on {socket.gethostname()}). Start every node with "
-            "--enable-kvtuner-quant and the same --kvtuner-* flags"
+            "--enable-kvtuner-quant and the same --kvtuner-* flags, or see what the log of that node says"
         ) from error
+
+
+def _wait(store: dist.Store, keys: list[str], hosts: Sequence[str | None], timeout: datetime.timedelta) -> None:
+    """Return when all keys are there. The log says every REMINDER for whom this rank waits. Raises RuntimeError."""
+    start = time.monotonic()
+    while True:
+        left = timeout - datetime.timedelta(seconds=time.monotonic() - start)
+        try:
+            return store.wait(keys, max(min(left, REMINDER), datetime.timedelta(milliseconds=1)))
+        except RuntimeError:
+            silent = _silent_ranks(store, keys)
+            if silent is None or left <= REMINDER:
+                raise
+            if silent:
+                logger.info(
+                    "Quantized KV cache: waiting for %s (%.0f s)", _where(silent, hosts), time.monotonic() - start
+                )
 
 
 def _silent_ranks(store: dist.Store, keys: list[str]) -> list[int] | None:
@@ -155,6 +225,15 @@ def _silent_ranks(store: dist.Store, keys: list[str]) -> list[int] | None:
         return [other for other, key in enumerate(keys) if not store.check([key])]
     except RuntimeError:
         return None
+
+
+def _failures(answers: list[dict[str, str]], hosts: list[str]) -> list[str]:
+    """One sentence for every host and reason not to go on."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for other, answer in enumerate(answers):
+        if "failure" in answer:
+            groups.setdefault((hosts[other], answer["failure"]), []).append(other)
+    return [f"{_ranks(ranks)} on {host} cannot go on: {reason}" for (host, reason), ranks in groups.items()]
 
 
 def _problems(mine: Announcement, announced: list[Announcement]) -> list[str]:
@@ -184,6 +263,12 @@ def _wait_for_readers(store: dist.Store, rank: int, world_size: int) -> None:
 
 def _describe(ranks: list[int], announcement: Announcement) -> str:
     return f"{_ranks(ranks)} on {announcement.host} (cache format {announcement.format_digest[:12]})"
+
+
+def _where(ranks: list[int], hosts: Sequence[str | None]) -> str:
+    """The ranks, and the machines that they are on."""
+    known = dict.fromkeys(host for rank in ranks if (host := hosts[rank]))
+    return _ranks(ranks) + (f" on {', '.join(known)}" if known else "")
 
 
 def _ranks(ranks: list[int]) -> str:

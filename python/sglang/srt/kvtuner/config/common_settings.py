@@ -52,7 +52,7 @@ PICKED_FIELDS = (
     *("constrained_json_whitespace_pattern", "constrained_json_disable_any_whitespace"),
 )
 # Which attention computes, and what schedulers read from the environment. The instruction set of the CPU kernels is not
-# among them: nodes may have different processors, and pages have the same bytes on all.
+# among them: nodes may have different processors. Pages have the same bytes on all, and a rank's heads are computed by no other.
 VARIABLES = (
     *("SGLANG_KVTUNER_KERNELS", "SGLANG_KVTUNER_PREFILL"),
     *("SGLANG_INIT_NEW_TOKEN_RATIO", "SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR", "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS"),
@@ -76,17 +76,28 @@ def setup_of(server_args: ServerArgs) -> Announcement:
 
     model_config = model_config_of(server_args)
     settings = server_args.resolved_dict()
-    cache_format = build_cache_format(
-        KVTunerConfig.from_args(server_args),
-        num_layers=model_config.num_hidden_layers,
-        head_dim=model_config.head_dim,
-        page_size=settings["page_size"],
-    )
     values = {**_versions(), **flags(settings), **_model_values(model_config), **_variables()}
     files = {"own code": own_code(), "tokenizer": model_digest.tokenizer_files(str(settings["tokenizer_path"]))}
     if settings["load_format"] != "dummy":
         files["model weights"] = model_digest.weight_files(model_config.model_path)
-    return Announcement.of(cache_format, values=values, files={kind: found for kind, found in files.items() if found})
+    return Announcement.of(
+        resolved_cache_format(server_args),
+        values=values,
+        files={kind: found for kind, found in files.items() if found},
+    )
+
+
+def resolved_cache_format(server_args: ServerArgs) -> CacheFormat:
+    """The cache format that resolved arguments ask for."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    model_config = model_config_of(server_args)
+    return build_cache_format(
+        KVTunerConfig.from_args(server_args),
+        num_layers=model_config.num_hidden_layers,
+        head_dim=model_config.head_dim,
+        page_size=server_args.resolved_dict()["page_size"],
+    )
 
 
 def weights_of(cache_format: CacheFormat, model_config: ModelConfig) -> Announcement:

@@ -85,8 +85,6 @@ REFUSED_FEATURES = (
 SUPPORTED_DEVICES = ("cpu", "cuda")
 
 KERNELS_VARIABLE = "SGLANG_KVTUNER_KERNELS"
-# By device; those of attention/dispatch.py, which knows more of them.
-KERNELS = {"cpu": ("auto", "reference", "cpu", "triton"), "cuda": ("auto", "reference", "triton")}
 PREFILL_VARIABLE = "SGLANG_KVTUNER_PREFILL"
 # By device; those of attention/prefill_libraries.py, which knows more of them.
 PREFILLS = {"cpu": ("auto", "triton"), "cuda": ("auto", "triton", "flashinfer", "fa3")}
@@ -124,20 +122,20 @@ def refuse_unsupported_device(device: str) -> None:
         )
 
 
-def refuse_unsupported_environment(device: str) -> None:
-    """Raise KVTunerConfigError for a variable that asks for kernels that this machine does not have.
+def refuse_unsupported_prefill(device: str) -> None:
+    """Raise KVTunerConfigError for a variable that asks for a prefill attention that the device does not have."""
+    prefill, valid = os.environ.get(PREFILL_VARIABLE, "auto"), PREFILLS[device.split(":", 1)[0]]
+    if prefill not in valid:
+        raise KVTunerConfigError(f"{PREFILL_VARIABLE} is {shown(prefill)}; valid are {', '.join(valid)}")
+
+
+def refuse_unsupported_instruction_set(device: str) -> None:
+    """Raise KVTunerConfigError for a variable that asks for C++ kernels that this machine's processor cannot run.
 
     The kernels ask again when they are loaded; this is before the model is.
     """
-    kernels = os.environ.get(KERNELS_VARIABLE, "auto")
-    kind = device.split(":", 1)[0]
-    if kernels not in KERNELS[kind]:
-        raise KVTunerConfigError(f"{KERNELS_VARIABLE} is {shown(kernels)}; valid are {', '.join(KERNELS[kind])}")
-    prefill = os.environ.get(PREFILL_VARIABLE, "auto")
-    if prefill not in PREFILLS[kind]:
-        raise KVTunerConfigError(f"{PREFILL_VARIABLE} is {shown(prefill)}; valid are {', '.join(PREFILLS[kind])}")
     wanted = os.environ.get(INSTRUCTION_SET_VARIABLE, "")
-    if not wanted or kernels == "reference" or kind != "cpu":
+    if not wanted or os.environ.get(KERNELS_VARIABLE) == "reference" or device.split(":", 1)[0] != "cpu":
         return
     if wanted not in INSTRUCTION_SETS:
         raise KVTunerConfigError(

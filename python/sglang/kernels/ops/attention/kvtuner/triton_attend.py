@@ -7,7 +7,8 @@ import triton.language as tl
 from sglang.kernels.ops.attention.kvtuner.triton_tile import load_tile, padded, rotate
 
 
-@triton.jit
+# Compiled once, whatever the lengths of a step are.
+@triton.jit(do_not_specialize=["pages_stride"])
 def attend_decode_kernel(
     q, q_row, q_head, k, k_row, k_head, v, v_row, v_head,
     key_pages, value_pages, key_ring, value_ring, key_sinks, value_sinks,
