@@ -109,6 +109,7 @@ def kvtuner(shape: Shape) -> Iterator[DecodeStep]:
     runner = SimpleNamespace(token_to_kv_pool=pool, model=step.modules, req_to_token_pool=step.requests)
     with (
         patch.object(dispatch, "choose_kernels", lambda *_: (kvtuner_triton.TritonKernels, [])),
+        patch.object(kvtuner_triton.TritonKernels, "compile", lambda *_: None),  # trial steps, which launch
         patch.object(kvtuner_triton, "_multiprocessors", lambda _: MULTIPROCESSORS),
     ):
         step.attention = KVTunerAttnBackend(runner)

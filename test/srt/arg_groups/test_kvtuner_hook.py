@@ -62,7 +62,7 @@ def test_another_backend_is_refused_with_the_valid_one(model):
     "asked, decode, prefill",
     [
         ({}, "full", None),
-        ({"cuda_graph_backend_decode": "breakable"}, "breakable", None),
+        ({"cuda_graph_backend_decode": "full"}, "full", None),
         ({"cuda_graph_backend_prefill": "breakable"}, "full", "breakable"),
         ({"cuda_graph_config": {"decode": {"backend": "disabled"}, "prefill": {"backend": "disabled"}}}, "disabled", "disabled"),
         ({"disable_cuda_graph": True}, "disabled", "disabled"),
@@ -82,6 +82,15 @@ def test_cuda_graphs_pass_through(model, asked, decode, prefill):
 )
 def test_prefill_graphs_without_breaks_are_refused(model, asked):
     assert refusal(model, **asked).startswith("--cuda-graph-backend-prefill, ")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"cuda_graph_backend_decode": "breakable"}, {"cuda_graph_config": {"decode": {"backend": "breakable"}}}],
+)
+def test_decode_graphs_that_upstream_cannot_capture_are_refused(model, asked):
+    message = refusal(model, device="cuda", **asked)
+    assert message.startswith("--cuda-graph-backend-decode, ") and "valid are full, disabled" in message
 
 
 def test_no_decode_graphs_where_the_reference_serves(model, caplog):

@@ -75,6 +75,12 @@ def _settle_cuda_graphs(server_args: Any, view: Any, cache_format: CacheFormat) 
         )
     if not str(view.device).startswith("cuda") or graphs.decode.backend == Backend.DISABLED:
         return {}
+    if graphs.decode.backend == Backend.BREAKABLE:
+        # Its buffers for what a graph returns take tensors and tuples; a decode step returns logits in an object of their own.
+        raise KVTunerConfigError(
+            "--cuda-graph-backend-decode, or the backend of decode in --cuda-graph-config, is 'breakable', which this version of "
+            "SGLang cannot capture for any attention backend; valid are full, disabled"
+        )
     reason = why_no_decode_graphs(view.device, cache_format.layers)
     if reason is None:
         return {}

@@ -163,7 +163,8 @@ def test_kernels_are_compiled_before_the_backend_is_there(monkeypatch):
     asked = []
     monkeypatch.setattr(Kernels, "compile", lambda *arguments: asked.append(arguments))
     backend = Server(16, heads=6).backend
-    assert asked == [(backend._kernels, backend._planner, 6)]
+    ((kernels, planner, workload),) = asked
+    assert (kernels, planner, workload.heads) == (backend._kernels, backend._planner, 6)
 
     def fail(*arguments):
         raise KernelsUnavailable("no compiler")
