@@ -68,7 +68,7 @@ def set_up(venv, log_path):
         what = "installing sglang and its dependencies (11 GB, minutes)"
         _step(what, [*install, *kernel, str(ROOT), *TOOLS], log_path)
     else:
-        # pip would see the same version and do nothing.
+        # pip does nothing where the version is the same: sgl_kernel's stays, and sglang's where only its build changed.
         again = [*install, "--no-deps", "--force-reinstall"]
         if have.get("tools") != wanted["tools"]:
             _step("installing tools", [*install, *TOOLS], log_path)

@@ -94,15 +94,26 @@ class TwoNodes:
         folder: gets the logs, node0.log and node1.log.
         tp_size: tensor-parallel ranks, half of them on each node.
         flags_of_node_1, model_of_node_1: those of node 1, where they are not those of node 0.
-        env: further environment variables of both.
+        env: further environment variables of both. env_of_node_1: of node 1, beside them.
     """
 
-    def __init__(self, model, flags, *, folder, tp_size=4, flags_of_node_1=None, model_of_node_1=None, env=None):
+    def __init__(
+        self,
+        model,
+        flags,
+        *,
+        folder,
+        tp_size=4,
+        flags_of_node_1=None,
+        model_of_node_1=None,
+        env=None,
+        env_of_node_1=None,
+    ):
         self._models = (model, model if model_of_node_1 is None else model_of_node_1)
         self._flags = (flags, flags if flags_of_node_1 is None else flags_of_node_1)
         self._folder = Path(folder)
         self._tp_size = tp_size
-        self._env = env
+        self._env = (env or {}, {**(env or {}), **(env_of_node_1 or {})})
         self._cleanup = ExitStack()
         self.nodes = ()
 
@@ -125,7 +136,13 @@ class TwoNodes:
         flags += ["--dist-init-addr", f"{init_address}:{INIT_PORT}", *self._flags[rank]]
         log_path = self._folder / f"node{rank}.log"
         return Node(
-            rank, namespace, self._models[rank], flags, log_path=log_path, local_ranks=self._tp_size // 2, env=self._env
+            rank,
+            namespace,
+            self._models[rank],
+            flags,
+            log_path=log_path,
+            local_ranks=self._tp_size // 2,
+            env=self._env[rank],
         )
 
     def wait_until_healthy(self, timeout=600.0, progress=None):

@@ -18,6 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     verb.add_argument("folder", metavar="DIR", help="the folder; it must not exist or be empty")
     verb.set_defaults(run=lambda options: commands.compose(options.folder))
 
+    verb = verbs.add_parser("wheels", help="write the wheel of every interpreter and machine that is pinned")
+    verb.add_argument("folder", nargs="?", default="dist", metavar="DIR", help="the folder (default: %(default)s)")
+    verb.set_defaults(run=lambda options: commands.wheels(options.folder))
+
     verb = verbs.add_parser("diff", help="show what the edits change, and list the own files")
     verb.set_defaults(run=lambda options: commands.diff())
 

@@ -9,17 +9,24 @@ from pathlib import Path
 
 from packaging.tags import sys_tags
 
-from backend import fetch
+from backend import fetch, identity
 from backend.pin import ROOT, Pin
 
 TAG = next(tag for tag in sys_tags() if tag.platform.startswith("manylinux"))
 
+METADATA = (
+    "Metadata-Version: 2.4\nName: sglang\nVersion: 1.2.3\nSummary: says hello\n"
+    "License: Some text\n        \n        License: more of it\n"
+    "Project-URL: Bug Tracker, https://upstream.example/issues\n"
+    "Classifier: License :: OSI Approved :: Apache Software License\nClassifier: Topic :: Greetings\n"
+    "License-File: LICENSE\n\nVersion: 1.2.3\n"
+)
 UPSTREAM = {
     "sglang/__init__.py": '"""A package."""\n',
     "sglang/greet.py": '"""Greetings."""\n\n\ndef greet(name):\n    text = "hello " + name\n    return text\n',
     "sglang/data.json": "{}\n",
     "sglang/run.sh": "#!/bin/sh\n",
-    "sglang-1.2.3.dist-info/METADATA": "Metadata-Version: 2.4\nName: sglang\nVersion: 1.2.3\n\nVersion: 1.2.3\n",
+    "sglang-1.2.3.dist-info/METADATA": METADATA,
     "sglang-1.2.3.dist-info/entry_points.txt": "[console_scripts]\nsglang = sglang.greet:greet\n",
     "sglang-1.2.3.dist-info/licenses/LICENSE": "theirs\n",
 }
@@ -76,6 +83,11 @@ class Fork:
                 archive.writestr(info, content)
         Pin("1.2.3", "kvtuner.1", {name: fetch.digest(path)}).save(self.root)
         return path
+
+    @property
+    def version(self) -> str:
+        """The version of a wheel that is built now."""
+        return identity.version(Pin.load(self.root), self.root)
 
     def python(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
         environment = {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1", fetch.WHEEL: str(self.wheel)}

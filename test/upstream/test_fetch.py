@@ -131,6 +131,14 @@ def test_pip_fills_the_cache(pin, cache, index):
     assert [path.name for path in cache.iterdir()] == [NAME]
 
 
+def test_pip_fetches_the_wheel_of_another_interpreter_and_machine(pin, cache, index):
+    other = "sglang-1.2.3-cp312-cp312-manylinux_2_34_aarch64.whl"
+    (index / NAME).rename(index / other)
+    pin = Pin(pin.version, pin.local, {**pin.sha256, other: pin.sha256[NAME]})
+    assert fetch.fetch(pin, other).read() == (index / other).read_bytes()
+    assert [path.name for path in cache.iterdir()] == [other]
+
+
 def test_the_cache_is_used_without_pip(pin, cache, index, monkeypatch):
     fetch.fetch(pin)
     monkeypatch.setattr(fetch, "pip_download", None)

@@ -3,6 +3,8 @@
 import tarfile
 import zipfile
 
+import pytest
+from packaging.metadata import Metadata
 from synthetic import EDIT
 
 
@@ -17,15 +19,17 @@ def only(folder):
     return path
 
 
-def test_metadata_can_be_had_without_a_build(fork, tmp_path):
-    assert fork.hook("prepare_metadata_for_build_wheel", tmp_path / "meta").returncode == 0
-    assert fork.hook("build_wheel", tmp_path / "out").returncode == 0
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_metadata_can_be_had_without_a_build(fork, tmp_path, kind):
+    assert fork.hook(f"prepare_metadata_for_build_{kind}", tmp_path / "meta").returncode == 0
+    assert fork.hook(f"build_{kind}", tmp_path / "out").returncode == 0
     info = only(tmp_path / "meta")
     with zipfile.ZipFile(only(tmp_path / "out")) as archive:
         for path in info.rglob("*"):
             if path.is_file():
                 assert archive.read(path.relative_to(tmp_path / "meta").as_posix()) == path.read_bytes()
-    assert (info / "METADATA").read_text().endswith("Version: 1.2.3+kvtuner.1\n\nVersion: 1.2.3\n")
+    version = fork.version + {"wheel": "", "editable": ".editable"}[kind]
+    assert f"\nVersion: {version}\n" in (info / "METADATA").read_text()
     assert not (info / "RECORD").exists()
 
 
@@ -35,7 +39,7 @@ def test_an_editable_tree_links_the_own_files(fork, tmp_path):
         tree = fork.root / archive.read("__editable__.sglang.pth").decode().strip()
         assert {name.split("/")[0] for name in archive.namelist()} == {
             "__editable__.sglang.pth",
-            "sglang-1.2.3+kvtuner.1.dist-info",
+            f"sglang-{fork.version}.editable.dist-info",
         }
     assert tree.parent == fork.root / "build/editable"
     assert (tree / "sglang/srt/ours.py").resolve() == fork.root / "python/sglang/srt/ours.py"
@@ -67,8 +71,9 @@ def test_a_source_archive_holds_the_repository_and_builds_the_same_wheel(fork, t
     with tarfile.open(only(tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     folder = only(tmp_path / "unpacked")
-    assert folder.name == "sglang-1.2.3+kvtuner.1"
-    assert "Version: 1.2.3+kvtuner.1\n" in (folder / "PKG-INFO").read_text()
+    assert folder.name == f"sglang-{fork.version}"
+    about = Metadata.from_email((folder / "PKG-INFO").read_bytes())
+    assert str(about.version) == fork.version and {"license-expression", "license-file"} < set(about.dynamic)
     assert not list(folder.rglob("greet.py"))
     assert fork.hook("build_wheel", tmp_path / "one").returncode == 0
     fork.root = folder
@@ -94,7 +99,8 @@ def test_pip_installs_the_wheel_and_the_editable_tree(fork, tmp_path):
             "import sglang.greet as g, sglang.srt.ours as o; print(m.version('sglang'), g.greet('you'), o.NAME)"
         )
         shown = fork.python("-S", "-c", code)
-        assert shown.stdout == "1.2.3+kvtuner.1 HELLO YOU ours\n", shown.stderr
+        version = fork.version + (".editable" if option else "")
+        assert shown.stdout == f"{version} HELLO YOU ours\n", shown.stderr
 
 
 def test_pip_shows_the_message_and_no_traceback(fork, tmp_path):

@@ -7,9 +7,10 @@ import io
 import zipfile
 
 import pytest
+from packaging.metadata import Metadata
 from packaging.utils import parse_wheel_filename
 
-from backend import edits, fetch, hooks, own
+from backend import edits, fetch, hooks, identity, own
 from backend.pin import ROOT, Pin
 from backend.splice import NOTICE
 
@@ -22,7 +23,7 @@ def archive(built):
 
 @pytest.fixture(scope="module")
 def info():
-    return f"sglang-{Pin.load().fork_version}.dist-info/"
+    return f"sglang-{identity.version(Pin.load())}.dist-info/"
 
 
 def upstream_files(tree):
@@ -31,7 +32,7 @@ def upstream_files(tree):
 
 def test_the_name_has_the_forks_version_and_upstreams_tag(built, upstream):
     name, version, _, tags = parse_wheel_filename(built.name)
-    assert (name, str(version)) == ("sglang", Pin.load().fork_version)
+    assert (name, str(version)) == ("sglang", identity.version(Pin.load()))
     assert tags == parse_wheel_filename(fetch.select(Pin.load()))[3]
 
 
@@ -45,19 +46,26 @@ def test_record_is_right_for_every_file(archive, info):
     assert rows[-1] == [f"{info}RECORD", "", ""]
 
 
-def test_the_metadata_differs_from_upstreams_in_the_version_only(archive, info, tree):
+def test_the_metadata_differs_from_upstreams_in_version_licences_and_addresses_only(archive, info, tree):
     pin = Pin.load()
-    theirs = (tree / f"sglang-{pin.version}.dist-info/METADATA").read_bytes().splitlines()
-    ours = archive.read(f"{info}METADATA").splitlines()
-    assert len(theirs) == len(ours)
-    changed = [pair for pair in zip(theirs, ours) if pair[0] != pair[1]]
-    assert changed == [(f"Version: {pin.version}".encode(), f"Version: {pin.fork_version}".encode())]
+    theirs = Metadata.from_email((tree / f"sglang-{pin.version}.dist-info/METADATA").read_bytes(), validate=False)
+    ours = Metadata.from_email(archive.read(f"{info}METADATA"))
+    assert ours.license_expression == "Apache-2.0 AND MIT"
+    assert (str(ours.version), str(theirs.version)) == (identity.version(pin), pin.version)
+    assert ours.license_files == [*theirs.license_files, "LICENSE.kvtuner"]
+    assert ours.classifiers == [value for value in theirs.classifiers if not value.startswith("License ::")]
+    assert theirs.license and theirs.project_urls  # or there would be nothing to leave out
+    assert (ours.license, ours.project_urls, ours.home_page, ours.download_url) == (None, None, None, None)
+    for field in ("name", "summary", "requires_dist", "provides_extra", "requires_python", "description", "author"):
+        assert getattr(ours, field) == getattr(theirs, field), field
 
 
-def test_the_licences_are_both_there(archive, info, tree):
+def test_the_licences_are_all_there(archive, info, tree):
     theirs = tree / f"sglang-{Pin.load().version}.dist-info/licenses/LICENSE"
     assert archive.read(f"{info}licenses/LICENSE") == theirs.read_bytes()
     assert archive.read(f"{info}licenses/LICENSE.kvtuner") == (ROOT / "LICENSE").read_bytes()
+    declared = Metadata.from_email(archive.read(f"{info}METADATA")).license_files
+    assert {name for name in archive.namelist() if "/licenses/" in name} == {f"{info}licenses/{d}" for d in declared}
 
 
 def test_all_other_upstream_files_are_unchanged(archive, info, tree):

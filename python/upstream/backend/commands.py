@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tempfile
 from pathlib import Path
 
 from . import compose as composing
-from . import edits, fetch, own, releases, review, wheel
+from . import edits, fetch, identity, own, releases, review, wheel
 from .errors import ForkError
 from .pin import PIN, ROOT, Pin
 
@@ -19,7 +20,21 @@ def compose(folder: str, root: Path = ROOT) -> int:
         raise ForkError(f"{tree} is not an empty folder")
     pin = Pin.load(root)
     composing.compose(pin, fetch.fetch(pin), tree, root=root)
-    print(f"sglang {pin.fork_version} is in {tree}")
+    print(f"sglang {identity.version(pin, root)} is in {tree}")
+    return 0
+
+
+def wheels(folder: str, root: Path = ROOT) -> int:
+    """Write the fork's wheel for every interpreter and machine that is pinned; print their paths. Raises ForkError."""
+    pin = Pin.load(root)
+    if os.environ.get(fetch.WHEEL) and len(pin.sha256) > 1:
+        raise ForkError(
+            f"{fetch.WHEEL} names one file, but {len(pin.sha256)} upstream wheels are needed; "
+            f"name a folder that holds them in {fetch.FIND_LINKS}"
+        )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name in sorted(pin.sha256):
+        print(Path(folder, composing.build(pin, name, Path(folder), root)), flush=True)
     return 0
 
 
@@ -28,7 +43,7 @@ def diff(root: Path = ROOT) -> int:
     pin = Pin.load(root)
     with tempfile.TemporaryDirectory() as folder:
         wheel.unpack(fetch.fetch(pin), Path(folder))
-        for file in review.by_file(Path(folder), edits.load(root), pin.fork_version):
+        for file in review.by_file(Path(folder), edits.load(root), identity.version(pin, root)):
             if file.data is None:
                 raise ForkError(_conflicts(file.findings)[0].detail)
             sides = [(Path(folder) / file.target).read_bytes(), file.data]

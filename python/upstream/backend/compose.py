@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import shutil
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from . import edits, own, review, wheel
+from . import edits, fetch, identity, metadata, own, review, wheel
 from .errors import ForkError
 from .pin import ROOT, Pin
 
@@ -17,38 +16,27 @@ def compose(pin: Pin, upstream: BinaryIO, tree: Path, *, root: Path = ROOT, link
 
     Raises ForkError where an edit cannot be applied or needs review, or upstream has an own file too.
     """
+    version = identity.version(pin, root, editable=link)
     wheel.unpack(upstream, tree)
-    for file in review.by_file(tree, edits.load(root), pin.fork_version):
+    for file in review.by_file(tree, edits.load(root), version):
         for finding in file.findings:
             if finding.status != review.OK:
                 raise ForkError(finding.detail)
         (tree / file.target).write_bytes(file.data)
     own.add(own.find(root), tree, link=link)
-    restamp(pin, tree, root)
+    metadata.stamp(pin, version, tree, root)
 
 
-def restamp(pin: Pin, tree: Path, root: Path = ROOT) -> Path:
-    """Turn upstream's metadata folder in `tree` into the fork's: the version, the folder's name, our licence beside.
-
-    Returns the folder. Raises ForkError where the metadata is not that of the pinned version.
-    """
-    old = tree / f"sglang-{pin.version}.dist-info"
-    try:
-        metadata = (old / "METADATA").read_bytes()
-    except OSError:
-        raise ForkError(f"the upstream wheel has no metadata of sglang {pin.version}") from None
-    head, blank, body = metadata.partition(b"\n\n")
-    line = re.compile(rb"^Version: %s$" % re.escape(pin.version.encode()), re.MULTILINE)
-    head, count = line.subn(b"Version: " + pin.fork_version.encode(), head)
-    if count != 1:
-        raise ForkError(f"upstream's metadata names its version {count} times")
-    (old / "METADATA").write_bytes(head + blank + body)
-    (old / "licenses").mkdir(exist_ok=True)
-    shutil.copyfile(root / "LICENSE", old / "licenses" / "LICENSE.kvtuner")
-    return old.rename(tree / f"sglang-{pin.fork_version}.dist-info")
+def build(pin: Pin, upstream: str, folder: Path, root: Path = ROOT) -> str:
+    """Write the wheel that the fork makes of the pinned wheel `upstream`; return its name. Raises ForkError."""
+    name = wheel_name(pin, identity.version(pin, root), upstream)
+    with tempfile.TemporaryDirectory() as tree:
+        compose(pin, fetch.fetch(pin, upstream), Path(tree), root=root)
+        wheel.pack(Path(tree), folder / name)
+    return name
 
 
-def wheel_name(pin: Pin, upstream: str) -> str:
+def wheel_name(pin: Pin, version: str, upstream: str) -> str:
     """The fork's file name for an upstream wheel: its tag with the fork's version."""
     tag = upstream.removeprefix(f"sglang-{pin.version}-")
-    return f"sglang-{pin.fork_version}-{tag}"
+    return f"sglang-{version}-{tag}"

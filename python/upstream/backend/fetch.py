@@ -44,15 +44,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(pin: Pin, tags: Iterable[Tag] | None = None) -> BinaryIO:
-    """The pinned wheel, open for reading, with the pinned hash.
+def fetch(pin: Pin, name: str | None = None) -> BinaryIO:
+    """A pinned wheel, open for reading, with the pinned hash: that of this interpreter, or the one with file name `name`.
 
     What is read is in memory: whatever happens to the file that it came from, its bytes are those that were checked.
     It comes from the file in $SGLANG_UPSTREAM_WHEEL, else from the folder in
     $SGLANG_UPSTREAM_FIND_LINKS, else from the cache ($SGLANG_UPSTREAM_CACHE), which pip fills. Raises ForkError where it
     is missing or its hash is another.
     """
-    name = select(pin, tags)
+    name = select(pin) if name is None else name
     if given := os.environ.get(WHEEL):
         return _checked(Path(given), pin.sha256[name], f"{WHEEL}: ", name)
     if folder := os.environ.get(FIND_LINKS):
@@ -105,7 +105,7 @@ def _download_pinned(pin: Pin, name: str, target: Path) -> None:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"sglang=={pin.version} --hash=sha256:{expected}\n", encoding="utf-8")
         try:
-            found = pip_download(Path(folder), "--require-hashes", "-r", str(requirements))
+            found = pip_download(Path(folder), *_tag_options(name), "--require-hashes", "-r", str(requirements))
         except PipFailed as failure:
             if got := re.search(r"Got\s+([0-9a-f]{64})", str(failure)):
                 raise ForkError(_wrong_hash(name, expected, got[1])) from None
@@ -115,6 +115,14 @@ def _download_pinned(pin: Pin, name: str, target: Path) -> None:
             ) from None
         # pip has checked the hash; it is checked again each time that the cached file is read.
         os.replace(found, target)
+
+
+def _tag_options(name: str) -> list[str]:
+    """Options with which pip takes the wheel `name`, whatever interpreter and machine it runs on."""
+    tags = sorted(parse_wheel_filename(name)[3], key=str)
+    options = [f"--platform={tag.platform}" for tag in tags] + [f"--abi={tag.abi}" for tag in tags]
+    python = tags[0].interpreter
+    return [*dict.fromkeys(options), f"--implementation={python[:2]}", f"--python-version={python[2:]}"]
 
 
 def _checked(path: Path, expected: str, prefix: str, name: str) -> BinaryIO:

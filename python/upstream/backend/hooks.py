@@ -6,8 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from . import editable, fetch, sdist, wheel
-from .compose import compose, restamp, wheel_name
+from . import compose, editable, fetch, identity, metadata, sdist, wheel
 from .pin import Pin
 
 
@@ -25,34 +24,25 @@ def get_requires_for_build_sdist(config_settings=None) -> list[str]:
 
 def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings=None) -> str:
     """The name of the metadata folder written into `metadata_directory`. Raises ForkError."""
-    pin = Pin.load()
-    with tempfile.TemporaryDirectory() as folder:
-        wheel.unpack(fetch.fetch(pin), Path(folder), only=f"sglang-{pin.version}.dist-info/")
-        info = restamp(pin, Path(folder))
-        # A RECORD belongs to a whole wheel.
-        shutil.copytree(info, Path(metadata_directory, info.name), ignore=shutil.ignore_patterns("RECORD"))
-    return info.name
+    return _metadata(Path(metadata_directory), editable=False)
 
 
-prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings=None) -> str:
+    """As for a wheel, with the version of an editable install."""
+    return _metadata(Path(metadata_directory), editable=True)
 
 
 def build_wheel(wheel_directory: str, config_settings=None, metadata_directory=None) -> str:
     """The name of the wheel written into `wheel_directory`. Raises ForkError where there can be none."""
     pin = Pin.load()
-    upstream = fetch.fetch(pin)
-    name = wheel_name(pin, fetch.select(pin))
-    with tempfile.TemporaryDirectory() as folder:
-        compose(pin, upstream, Path(folder))
-        wheel.pack(Path(folder), Path(wheel_directory, name))
-    return name
+    return compose.build(pin, fetch.select(pin), Path(wheel_directory))
 
 
 def build_editable(wheel_directory: str, config_settings=None, metadata_directory=None) -> str:
     """The name of the wheel in `wheel_directory` that points at a composed tree in build/. Raises ForkError."""
     pin = Pin.load()
     upstream = fetch.fetch(pin)
-    name = wheel_name(pin, fetch.select(pin))
+    name = compose.wheel_name(pin, identity.version(pin, editable=True), fetch.select(pin))
     with tempfile.TemporaryDirectory() as folder:
         editable.lay_out(pin, upstream, name.removesuffix(".whl").split("-", 2)[2], Path(folder))
         wheel.pack(Path(folder), Path(wheel_directory, name))
@@ -62,3 +52,13 @@ def build_editable(wheel_directory: str, config_settings=None, metadata_director
 def build_sdist(sdist_directory: str, config_settings=None) -> str:
     """The name of the archive of this repository's files written into `sdist_directory`. Raises ForkError."""
     return sdist.write(Pin.load(), Path(sdist_directory))
+
+
+def _metadata(folder: Path, *, editable: bool) -> str:
+    pin = Pin.load()
+    with tempfile.TemporaryDirectory() as tree:
+        wheel.unpack(fetch.fetch(pin), Path(tree), only=f"sglang-{pin.version}.dist-info/")
+        info = metadata.stamp(pin, identity.version(pin, editable=editable), Path(tree))
+        # A RECORD belongs to a whole wheel.
+        shutil.copytree(info, folder / info.name, ignore=shutil.ignore_patterns("RECORD"))
+    return info.name

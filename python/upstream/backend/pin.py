@@ -30,14 +30,15 @@ def read_toml(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class Pin:
-    """An upstream release: `version` "1.2.3", `local` "kvtuner.1", and `sha256` by wheel file name."""
+    """An upstream release: `version` "1.2.3", `local` "kvtuner.1" (the fork's own release), `sha256` by wheel file name."""
 
     version: str
     local: str
     sha256: dict[str, str]
 
     @property
-    def fork_version(self) -> str:
+    def release(self) -> str:
+        """The fork's release, such as "1.2.3+kvtuner.1": the version without the digest of the code."""
         return f"{self.version}+{self.local}"
 
     @classmethod

@@ -21,7 +21,7 @@ def judge(upstream: Path | BinaryIO, pin: Pin, root: Path = ROOT) -> tuple[list[
     """How every edit fits the wheel `upstream`, and the own files that are in it too, by installed path."""
     with tempfile.TemporaryDirectory() as folder:
         wheel.unpack(upstream, Path(folder))
-        files = review.by_file(Path(folder), edits.load(root), pin.fork_version)
+        files = review.by_file(Path(folder), edits.load(root), pin.release)
         collisions = [name for name in sorted(own.find(root)) if Path(folder, name).exists()]
     return [finding for file in files for finding in file.findings], collisions
 

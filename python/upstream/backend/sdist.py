@@ -9,19 +9,22 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from . import identity
 from .errors import ForkError
 from .pin import ROOT, Pin
 from .wheel import FIRST_DAY
 
-_FROM_UPSTREAM = ("Summary", "Description", "Requires-Python", "Requires-Dist", "Provides-Extra", "License-File")
+_FROM_UPSTREAM = ("Summary", "Description", "Requires-Python", "Requires-Dist", "Provides-Extra")
+_OF_THE_WHOLE = ("License-Expression", "License-File")
 _MADE = ("PKG-INFO", "build", "dist")
 
 
 def write(pin: Pin, folder: Path, root: Path = ROOT) -> str:
     """Write the archive into `folder` and return its name. Raises ForkError where the files cannot be listed."""
-    stem = f"sglang-{pin.fork_version}"
-    about = f"Metadata-Version: 2.2\nName: sglang\nVersion: {pin.fork_version}\n"
-    about += "".join(f"Dynamic: {field}\n" for field in _FROM_UPSTREAM)
+    version = identity.version(pin, root)
+    stem = f"sglang-{version}"
+    about = f"Metadata-Version: 2.4\nName: sglang\nVersion: {version}\n"
+    about += "".join(f"Dynamic: {field}\n" for field in _FROM_UPSTREAM + _OF_THE_WHOLE)
     moment = int(os.environ.get("SOURCE_DATE_EPOCH") or FIRST_DAY)
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as archive:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import harness
+from sglang.version import __version__
 
 PAGE = 64
 LAYERS = 4
@@ -68,6 +69,7 @@ def test_server_info_shows_flags_and_costs(server):
     assert cache["capacity_tokens"] == info["max_total_num_tokens"] == 16384
     assert info["page_size"] == PAGE
     assert cache["attention"] in server.log_text()
+    assert cache["version"] == info["version"] == __version__
 
 
 def test_prefix_hit_reads_packed_pages(fresh):

@@ -14,7 +14,9 @@ import pytest
 
 import harness
 import netns
+from harness.upstream import other_build
 from machine import has_cuda
+from sglang.version import __version__
 from two_nodes import PORT, QUANTIZED, SHARED_MACHINE, TwoNodes, wait_until_ended
 
 pytestmark = pytest.mark.server
@@ -83,14 +85,18 @@ def two_nodes(model, answers_of_one_rank, tmp_path_factory):
         yield server.wait_until_healthy()
 
 
-def test_other_settings_on_a_node_stop_both(model, tmp_path):
+def test_other_settings_and_code_on_a_node_stop_both(model, tmp_path):
     """Before the model is loaded: afterwards another dtype or chunk size is a transport error that names nothing."""
     ours = [*FLAGS, "--chunked-prefill-size", "128"]
     theirs = [*FLAGS, "--chunked-prefill-size", "256", "--dtype", "bfloat16", "--kvtuner-nbits-key", "8"]
-    with TwoNodes(model, ours, folder=tmp_path, tp_size=2, flags_of_node_1=theirs, env=ENV) as server:
+    package = {"PYTHONPATH": str(tmp_path / "other")}
+    versions = (__version__, other_build(tmp_path / "other"))
+    node_1 = dict(flags_of_node_1=theirs, env_of_node_1=package)
+    with TwoNodes(model, ours, folder=tmp_path, tp_size=2, **node_1, env=ENV) as server:
         wait_until_ended(server.nodes, SECONDS_TO_REFUSE)
         first, second = server.nodes
         for name, values in {
+            "sglang version": tuple(map(re.escape, versions)),
             "key nbits": ("4", "8"),
             "--dtype": ("float32", "bfloat16"),
             "--chunked-prefill-size": ("128", "256"),
@@ -98,6 +104,7 @@ def test_other_settings_on_a_node_stop_both(model, tmp_path):
             told = name + ": here {}, there {}"
             assert_refused(first, "This is rank 0 on .*rank 1 on .* differs: .*" + told.format(*values))
             assert_refused(second, "This is rank 1 on .*rank 0 on .* differs: .*" + told.format(*reversed(values)))
+        assert_refused(first, r"own code: file srt/kvtuner/hooks\.py differs")
         assert all("Load weight begin" not in node.log_text() for node in server.nodes)
 
 

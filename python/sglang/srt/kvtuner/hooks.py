@@ -129,7 +129,8 @@ def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTok
 
 
 def contribute_internal_state(scheduler: Any, state: dict) -> None:
-    """Put the report of the scheduler's pool into its internal state as ``kvtuner``."""
+    """Put this rank's version and the report of its pool into its internal state as ``kvtuner``."""
     from sglang.srt.kvtuner.cache.report import pool_report
+    from sglang.version import __version__
 
-    state["kvtuner"] = pool_report(scheduler.token_to_kv_pool_allocator.get_kvcache())
+    state["kvtuner"] = {"version": __version__, **pool_report(scheduler.token_to_kv_pool_allocator.get_kvcache())}

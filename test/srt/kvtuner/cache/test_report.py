@@ -10,6 +10,7 @@ from sglang.srt.kvtuner.cache.report import pool_report
 from sglang.srt.kvtuner.config.cache_format import build_cache_format
 from sglang.srt.kvtuner.config.flags import KVTunerConfig
 from sglang.srt.kvtuner.hooks import contribute_internal_state
+from sglang.version import __version__
 
 LAYERS, HEADS, HEAD_DIM, PAGE, PAGES, SLOTS = 3, 2, 128, 64, 20, 5
 
@@ -87,6 +88,6 @@ def test_the_scheduler_state_gets_the_report():
     pool, state = make_pool(), {"kept": 1}
     scheduler = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool))
     contribute_internal_state(scheduler, state)
-    assert state == {"kept": 1, "kvtuner": pool_report(pool)}
+    assert state == {"kept": 1, "kvtuner": {"version": __version__, **pool_report(pool)}}
     assert state["kvtuner"]["format_digest"] == pool.format.digest()
     assert state["kvtuner"]["format"] == pool.format.describe()

@@ -2,13 +2,16 @@
 
 import pytest
 
+from sglang.cli.main import main as upstream_main
 from sglang.srt.kvtuner.config.flags import KVTunerConfig, KVTunerConfigError
+from sglang.srt.kvtuner.config.identity import identity
 from sglang.srt.kvtuner.tuner.cli import main
 from sglang.srt.kvtuner.tuner.errors import TuningError
 from sglang.srt.kvtuner.tuner.evaluate import parse_configuration
 from sglang.srt.kvtuner.tuner.outputs import text_table
 from sglang.srt.kvtuner.tuner.recipe import parse_recipe, recipe_name
 from sglang.srt.kvtuner.tuner.served import recall_items
+from sglang.version import __version__
 
 
 def refusal(capsys, *arguments):
@@ -16,6 +19,16 @@ def refusal(capsys, *arguments):
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith(f"sglang kvtuner {arguments[0]}: ")
     return message
+
+
+def test_the_version_is_a_command(capsys, monkeypatch):
+    """By upstream's own entry point, as it is typed."""
+    monkeypatch.setattr("sys.argv", ["sglang", "kvtuner", "version"])
+    with pytest.raises(SystemExit) as ended:
+        upstream_main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"{identity().describe()}\n"
+    assert identity().version == __version__
 
 
 @pytest.mark.parametrize(

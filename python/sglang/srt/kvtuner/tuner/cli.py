@@ -1,4 +1,4 @@
-"""``sglang kvtuner sensitivity|search|evaluate``; also ``python -m sglang.srt.kvtuner.tuner``."""
+"""``sglang kvtuner version|sensitivity|search|evaluate``; also ``python -m sglang.srt.kvtuner.tuner``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sglang.srt.kvtuner.config.flags import (
     KVTunerConfigError,
     add_recipe_arguments,
 )
+from sglang.srt.kvtuner.config.identity import identity
 
 _EPILOG = "Server flags for loading the model (--device, --dtype, --mem-fraction-static ...) come last, after --."
 
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     options = _parser().parse_args(own)
+    if options.command == "version":
+        print(identity().describe())
+        return 0
     # A terminated run says what it kept, as an interrupted one does.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -43,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sglang kvtuner", description="Find per-layer bits of the quantized KV cache for a model.", epilog=_EPILOG
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("version", help="which build of this package runs")
     sensitivity = commands.add_parser("sensitivity", help="what pairs of bits cost in every layer", epilog=_EPILOG)
     _add_common(sensitivity)
     sensitivity.add_argument(
