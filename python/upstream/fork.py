@@ -21,11 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     verb = verbs.add_parser("diff", help="show what the edits change, and list the own files")
     verb.set_defaults(run=lambda options: commands.diff())
 
-    verb = verbs.add_parser("check", help="try edits and premises on the pinned release; exit 1 on a review or conflict")
+    verb = verbs.add_parser(
+        "check", help="try edits and premises on the pinned release; exit 1 on a review or conflict"
+    )
     verb.set_defaults(run=lambda options: commands.check())
 
     verb = verbs.add_parser("record", help="accept what is new in this repository, and reviews by id")
-    verb.add_argument("ids", metavar="ID", nargs="*", help="an edit or a premise as check names it; * stands for anything")
+    verb.add_argument(
+        "ids", metavar="ID", nargs="*", help="an edit or a premise as check names it; * stands for anything"
+    )
     verb.set_defaults(run=lambda options: commands.record(options.ids))
 
     verb = verbs.add_parser("rebase", help="try another release and start it; exit 1 on a review or conflict")
@@ -38,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     verb.set_defaults(run=lambda options: commands.newer_releases())
 
     verb = verbs.add_parser("tables", help="write the tables of docs/rebasing.md")
-    verb.add_argument("versions", metavar="VERSION", nargs="*", help="older releases, beside every newer one of the index")
+    verb.add_argument(
+        "versions", metavar="VERSION", nargs="*", help="older releases, beside every newer one of the index"
+    )
     verb.set_defaults(run=lambda options: tables.write(options.versions))
 
     options = parser.parse_args(arguments)

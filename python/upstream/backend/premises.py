@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .definitions import Found
 from .errors import ForkError
 from .pin import ROOT, Pin, read_toml
 from .review import CONFLICT, OK, REVIEW
-from .surface import Found, Surface
+from .surface import Surface
 from .uses import Use
 
 PREMISES = Path("python/upstream/premises.toml")

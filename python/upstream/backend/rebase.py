@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import tempfile
 from pathlib import Path
 
 from . import compose as composing
-from . import fetch, releases, report, uses, wheel
+from . import fetch, premises, releases, report, uses, wheel
 from .errors import ForkError
 from .pin import PIN, ROOT, Pin
 from .surface import Surface
@@ -43,8 +44,10 @@ def rebase(version: str, write: bool, python: str, root: Path = ROOT) -> int:
             raise ForkError(f"{PIN} stays at {pin.version}: the composed tree was not seen to start on {version}")
         if write:
             releases.moved(pin, version, Path(folder)).save(root)
-            left = "" if standing.settled else " What is under review above stops every build until fork.py record has it."
-            print(f"{PIN} is at {version}.{left} Run fork.py record when all is read.")
+            if standing.settled:
+                dataclasses.replace(premises.Record.load(root), release=version).save(used, root)
+            left = "" if standing.settled else " Until fork.py record has every review above, nothing can be built."
+            print(f"{PIN} is at {version}.{left}")
     return 0 if standing.settled and started else 1
 
 

@@ -50,7 +50,7 @@ def judge(tree: Path, used: dict[str, uses.Use], pin: Pin, root: Path = ROOT) ->
 def newer(pin: Pin) -> list[str]:
     """The releases that pip's index has above the pinned one, oldest first. Raises ForkError where it has none at all."""
     command = [sys.executable, "-m", "pip", "index", "versions", "sglang", "--disable-pip-version-check", "--no-input"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, capture_output=True, text=True)
     listed = re.search(r"^Available versions: (.+)$", result.stdout, re.MULTILINE)
     if result.returncode or not listed:
         raise ForkError(f"pip lists no releases: {fetch.PipFailed(result.stderr).reason()}")

@@ -6,89 +6,27 @@ A name is written ``package.module:Class.member``; see :meth:`Surface.find` for 
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .syntax import canonical, digest, find_scopes, statements
+from .definitions import (
+    FUNCTIONS,
+    Class,
+    Found,
+    Module,
+    assigned,
+    assignment_found,
+    bound_names,
+    closed_class,
+    declared,
+    function_found,
+    header,
+)
+from .syntax import digest, find_scopes
 
 SERVER_ARGS = "sglang.srt.server_args:ServerArgs"
 _FIELDS = Path("sglang/srt/arg_groups/fields")
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Where a name is defined and what tells a change of it.
-
-    kind: module, class, function, value, argument, namespace, variable. fingerprint: sixteen hex digits, or "" where only
-    being there counts. text: the source that a review compares. function: its definition, where it is one.
-    """
-
-    kind: str
-    fingerprint: str
-    text: str = ""
-    function: ast.FunctionDef | ast.AsyncFunctionDef | None = None
-
-
-class Module:
-    """One parsed file of the release."""
-
-    def __init__(self, name: str, path: Path):
-        self.name = name
-        self.package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        self.text = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.tree = ast.parse(self.text)
-
-    @cached_property
-    def bindings(self) -> dict[str, list[ast.stmt]]:
-        """The statements that bind each of the module's names."""
-        found: dict[str, list[ast.stmt]] = {}
-        for node in statements(self.tree):
-            for name in _bound(node):
-                found.setdefault(name, []).append(node)
-        return found
-
-    @cached_property
-    def assignments(self) -> dict[str, list[tuple[str, ast.Assign | ast.AnnAssign]]]:
-        """By attribute, every statement that assigns to it, with the name of what it is an attribute of."""
-        found: dict[str, list[tuple[str, ast.Assign | ast.AnnAssign]]] = {}
-        for node in ast.walk(self.tree):
-            for target in _targets(node):
-                for part in target.elts if isinstance(target, ast.Tuple) else [target]:
-                    if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
-                        found.setdefault(part.attr, []).append((part.value.id, node))
-        return found
-
-    def source(self, node: ast.AST) -> str:
-        lines = self.text.splitlines(keepends=True)
-        return "".join(lines[node.lineno - 1 : node.end_lineno])
-
-    def origin(self, node: ast.stmt, name: str) -> tuple[str, str] | None:
-        """The module and name, "" for the module itself, that an import statement takes ``name`` from."""
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if (alias.asname or alias.name.partition(".")[0]) == name:
-                    return (alias.name if alias.asname else name), ""
-        if isinstance(node, ast.ImportFrom):
-            above = self.package.split(".")[: len(self.package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return module, alias.name
-        return None
-
-
-@dataclass(frozen=True)
-class Class:
-    """A class definition and the module that it is in."""
-
-    module: Module
-    node: ast.ClassDef
 
 
 class Surface:
@@ -121,7 +59,7 @@ class Surface:
             return Found("name", "") if self._in_scope(*rest.split(":")) else None
         if kind == "base":
             owner = self.class_of(rest)
-            return owner and _closed_class(owner)
+            return owner and closed_class(owner)
         if kind == "behaviour":
             return self._behaviour(rest)
         module, _, inside = name.partition(":")
@@ -135,7 +73,7 @@ class Surface:
         if owner == SERVER_ARGS and (name in self.arguments or name in self._derived):
             return Found("argument", "")
         if (owner, name) not in self._members:
-            found = (_declared(cls, name) or _assigned(cls, name) for cls in self.bases(owner))
+            found = (declared(cls, name) or assigned(cls, name) for cls in self.bases(owner))
             self._members[owner, name] = next(filter(None, found), None)
         return self._members[owner, name]
 
@@ -152,7 +90,9 @@ class Surface:
     def extends_foreign(self, owner: str) -> bool:
         """Whether the class has bases that are not upstream's: what it has of them is not its own."""
         chain = list(self.bases(owner))
-        bases = {base.id if isinstance(base, ast.Name) else ast.unparse(base) for cls in chain for base in cls.node.bases}
+        bases = {
+            base.id if isinstance(base, ast.Name) else ast.unparse(base) for cls in chain for base in cls.node.bases
+        }
         return bool(bases - {cls.node.name for cls in chain} - {"ABC", "abc.ABC"})
 
     def class_of(self, name: str) -> Class | None:
@@ -198,7 +138,7 @@ class Surface:
 
     def _assigned_in(self, module: str, name: str) -> Found | None:
         here = self.module(module)
-        return here and _assignment(here, [node for _, node in here.assignments.get(name, [])])
+        return here and assignment_found(here, [node for _, node in here.assignments.get(name, [])])
 
     def _in_scope(self, module: str, scope: str, name: str) -> bool:
         """Whether code in a function of the module, or in the module itself, can use the name."""
@@ -206,14 +146,16 @@ class Surface:
         if here is None or name in here.bindings:
             return here is not None
         inside = [node for found in find_scopes(here.tree, scope)[-1:] for node in ast.walk(found)] if scope else []
-        return any(name in (*_bound(node), getattr(node, "id", None), getattr(node, "arg", None)) for node in inside)
+        return any(
+            name in (*bound_names(node), getattr(node, "id", None), getattr(node, "arg", None)) for node in inside
+        )
 
     def _behaviour(self, name: str) -> Found | None:
         module, _, inside = name.partition(":")
         owner, _, method = inside.rpartition(".")
         found = self._define(module, owner or method)
         scopes = found and find_scopes(found[0].tree, inside if owner else found[1][0].name)
-        if not scopes or not isinstance(scopes[-1], _FUNCTIONS):
+        if not scopes or not isinstance(scopes[-1], FUNCTIONS):
             return None
         # Of several the last is what runs: @overload stands above.
         return Found("function", digest(scopes[-1]), found[0].source(scopes[-1]), scopes[-1])
@@ -225,9 +167,9 @@ class Surface:
         where, nodes = found
         node = nodes[-1]
         if isinstance(node, ast.ClassDef):
-            return Found("class", digest(*node.bases, *node.keywords), f"{_header(node)}\n")
-        if isinstance(node, _FUNCTIONS):
-            return _function(where, node)
+            return Found("class", digest(*node.bases, *node.keywords), f"{header(node)}\n")
+        if isinstance(node, FUNCTIONS):
+            return function_found(where, node)
         return Found("value", digest(*nodes), "".join(map(where.source, nodes)))
 
     def _define(self, module: str, name: str) -> tuple[Module, list[ast.stmt]] | None:
@@ -262,77 +204,6 @@ class Surface:
         base = self._tree.joinpath(*name.split("."))
         candidates = (base.with_name(f"{base.name}.py"), base / "__init__.py", base)
         return next((path for path in candidates if path.exists()), None)
-
-
-def _targets(node: ast.AST) -> list[ast.expr]:
-    if isinstance(node, ast.Assign):
-        return node.targets
-    return [node.target] if isinstance(node, ast.AnnAssign) else []
-
-
-def _bound(node: ast.stmt) -> Iterator[str]:
-    if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
-        yield node.name
-    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-        for target in _targets(node):
-            yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name))
-    elif isinstance(node, (ast.Import, ast.ImportFrom)):
-        yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
-
-
-def _function(module: Module, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Found:
-    # A default is part of the signature, an annotation of what is returned is not: own code reads what it declares itself.
-    return Found("function", digest(node.args, *node.decorator_list), module.source(node), node)
-
-
-def _declared(cls: Class, name: str) -> Found | None:
-    nodes = [node for node in statements(cls.node) if name in _bound(node)]
-    if not nodes:
-        return None
-    if isinstance(nodes[-1], _FUNCTIONS):
-        return _function(cls.module, next((node for node in nodes if _is_getter(node)), nodes[-1]))
-    return Found("value", digest(*nodes), "".join(map(cls.module.source, nodes)))
-
-
-def _is_getter(node: ast.stmt) -> bool:
-    return any(isinstance(d, ast.Name) and d.id == "property" for d in getattr(node, "decorator_list", ()))
-
-
-def _assigned(cls: Class, name: str) -> Found | None:
-    """What the methods of a class, or the module below it, assign to an attribute."""
-    owners = ("self", "cls", cls.node.name)
-    own = range(cls.node.lineno, cls.node.end_lineno + 1)
-    top = {id(node) for node in cls.module.tree.body}
-    return _assignment(
-        cls.module,
-        [
-            node
-            for owner, node in cls.module.assignments.get(name, [])
-            if owner in owners and (node.lineno in own or id(node) in top)
-        ],
-    )
-
-
-def _assignment(module: Module, nodes: list[ast.Assign | ast.AnnAssign]) -> Found | None:
-    values = sorted({canonical(node.value) for node in nodes})
-    return Found("value", digest(*values), "".join(map(module.source, nodes))) if nodes else None
-
-
-def _closed_class(cls: Class) -> Found:
-    marks, lines = [], [_header(cls.node)]
-    for node in cls.node.body:
-        if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
-            marks.append(canonical(node, skip=("body",)))
-            lines.append(f"    {_header(node)}")
-        elif not isinstance(node, ast.Expr):
-            marks.append(canonical(node))
-            lines.append(f"    {ast.unparse(node)}")
-    return Found("class", digest(*cls.node.bases, *cls.node.keywords, *marks), "\n".join(lines) + "\n")
-
-
-def _header(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    short = {**{field: getattr(node, field, None) for field in node._fields}, "body": [ast.Expr(ast.Constant(...))]}
-    return " ".join(ast.unparse(ast.fix_missing_locations(type(node)(**short))).splitlines()[:-1])
 
 
 def _argument_type(node: ast.AnnAssign) -> ast.expr:

@@ -56,12 +56,19 @@ def table(version: str, standing: Standing) -> str:
     rows.sort(key=lambda row: (row[0] != review.CONFLICT, row[1]))
     lines = [f"### {version}", ""]
     counts = [sum(row[0] == status for row in rows) for status in (review.CONFLICT, review.REVIEW)]
-    lines.append(f"{counts[0]} conflicts and {counts[1]} reviews, beside arguments." if rows else "No conflict or review beside arguments.")
+    lines.append(
+        f"{counts[0]} conflicts and {counts[1]} reviews, beside arguments."
+        if rows
+        else "No conflict or review beside arguments."
+    )
     if rows:
         lines += ["", "| status | premise | what |", "|---|---|---|"]
         lines += [f"| {status} | {name} | {problem} |" for status, name, problem in rows]
     for problem, names in sorted(quiet.items()):
-        lines += ["", f"Arguments, {problem.partition(';')[0].partition(':')[0]} ({len(names)}): {', '.join(f'`{n}`' for n in names)}."]
+        lines += [
+            "",
+            f"Arguments, {problem.partition(';')[0].partition(':')[0]} ({len(names)}): {', '.join(f'`{n}`' for n in names)}.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -165,4 +165,3 @@ def _of_edit(code: Code, edit: edits.Edit, surface: Surface) -> Iterator[tuple[s
     bound |= {alias.asname or alias.name for node in ast.walk(tree) for alias in getattr(node, "names", ())}
     for name in {node.id for node in names} - bound - set(dir(builtins)) - {"self"}:
         yield f"name:{target}:{edit.scope}:{name}", set()
-

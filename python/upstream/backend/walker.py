@@ -234,7 +234,11 @@ def _members(node: ast.ClassDef) -> set[str]:
         for target in getattr(child, "targets", [getattr(child, "target", None)]):
             found |= {getattr(target, "id", None)}
     for child in ast.walk(node):
-        if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store) and getattr(child.value, "id", "") == "self":
+        if (
+            isinstance(child, ast.Attribute)
+            and isinstance(child.ctx, ast.Store)
+            and getattr(child.value, "id", "") == "self"
+        ):
             found.add(child.attr)
     return found - {None}
 
