@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 
-from backend import edits, premises, review, uses
+from backend import premises, review, uses
 from backend.pin import Pin
 from backend.surface import Surface
 
-FIELDS = "sglang/srt/arg_groups/fields/exec_.py"
 PLANTS = {
     "a removed import": (
         "sglang/srt/runtime_context.py",
@@ -70,7 +69,3 @@ def test_no_premise_has_upstreams_source():
     recorded = premises.Record.load()
     fingerprints = [*recorded.used.values(), *recorded.arguments.values()]
     assert all(len(text) in (0, 16) and not text.strip("0123456789abcdef") for text in fingerprints)
-
-
-def test_every_edit_says_what_upstreams_plugins_could_do_for_it():
-    assert [edit.id for edit in edits.load() if "plugin" not in edit.upstream] == []

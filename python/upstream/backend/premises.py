@@ -17,6 +17,16 @@ from .uses import Use
 
 PREMISES = Path("python/upstream/premises.toml")
 
+_NEW = "a new argument: must the quantized cache refuse it?"
+_OTHER = "another type or default"
+_GONE = "gone; nothing of ours names it"
+# What can be told of a field of ServerArgs, and how a table calls it.
+ARGUMENT_PROBLEMS = {
+    _NEW: "New arguments",
+    _OTHER: "Arguments with another type or default",
+    _GONE: "Arguments that are gone, and that own code does not name",
+}
+
 _HEAD = """\
 # What this fork takes for granted of upstream, as it was last reviewed. `fork.py record` writes this file; docs/rebasing.md
 # explains it. A fingerprint is empty where only being there counts.
@@ -107,13 +117,12 @@ def _argument(name: str, use: Use | None, record: Record, surface: Surface) -> J
     found, shown, why = surface.arguments.get(name), f"argument:{name}", use.why if use else ""
     if found is None:
         # One that own code names is reported as missing already.
-        return Judged(shown, OK if use else REVIEW, "gone; nothing of ours names it", field=True)
+        return Judged(shown, OK if use else REVIEW, _GONE, field=True)
     if name not in record.arguments:
         # Without any, this is the first record.
-        problem = "a new argument: must the quantized cache refuse it?"
-        return Judged(shown, REVIEW, problem, why, not record.arguments, True, found)
+        return Judged(shown, REVIEW, _NEW, why, not record.arguments, True, found)
     if record.arguments[name] != found.fingerprint:
-        return Judged(shown, REVIEW, "another type or default", why, field=True, found=found)
+        return Judged(shown, REVIEW, _OTHER, why, field=True, found=found)
     return Judged(shown, OK, field=True, found=found)
 
 

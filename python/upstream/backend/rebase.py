@@ -39,7 +39,9 @@ def rebase(version: str, write: bool, python: str, root: Path = ROOT) -> int:
         report.write_differences(standing, old, new)
         if standing.conflicts:
             raise ForkError(f"{PIN} stays at {pin.version}: {version} has conflicts; nothing was started or changed")
-        started = _start(Pin(version, pin.local, {}), upstream, Path(folder, "composed"), python, root)
+        started = _start(
+            dataclasses.replace(pin, version=version, sha256={}), upstream, Path(folder, "composed"), python, root
+        )
         if write and not started:
             raise ForkError(f"{PIN} stays at {pin.version}: the composed tree was not seen to start on {version}")
         if write:

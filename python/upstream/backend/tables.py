@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from . import fetch, releases, review, uses, wheel
+from . import fetch, premises, releases, review, uses, wheel
 from .errors import ForkError
 from .pin import ROOT, Pin
 from .releases import Standing
@@ -64,11 +64,9 @@ def table(version: str, standing: Standing) -> str:
     if rows:
         lines += ["", "| status | premise | what |", "|---|---|---|"]
         lines += [f"| {status} | {name} | {problem} |" for status, name, problem in rows]
-    for problem, names in sorted(quiet.items()):
-        lines += [
-            "",
-            f"Arguments, {problem.partition(';')[0].partition(':')[0]} ({len(names)}): {', '.join(f'`{n}`' for n in names)}.",
-        ]
+    for problem, label in premises.ARGUMENT_PROBLEMS.items():
+        if names := quiet.get(problem):
+            lines += ["", f"{label} ({len(names)}): {', '.join(f'`{name}`' for name in names)}."]
     return "\n".join(lines) + "\n"
 
 
