@@ -147,6 +147,18 @@ def test_a_wrong_declaration_is_refused(used):
         used("", '[[object]]\nname = "thing"\n')
 
 
+def test_a_declared_table_that_own_code_has_not_is_refused(used):
+    with pytest.raises(ForkError, match=r"srt/ours.py has no REFUSED that lists arguments"):
+        used("", '[[fields]]\nfile = "srt/ours.py"\nname = "REFUSED"\nwhy = "refused"\n')
+    with pytest.raises(ForkError, match="the object sglang.srt.theirs:thing is of no own module"):
+        used("", '[[object]]\nname = "sglang.srt.theirs:thing"\ntype = "sglang.base:Base"\nwhy = "no reason"\n')
+
+
+def test_the_forks_own_arguments_are_no_premises(used):
+    declared = '[[fields]]\nfile = "srt/ours.py"\nname = "PICKED"\nwhy = "compared"\n'
+    assert set(used("PICKED = ('kvtuner_size', 'port')\n", declared)) == {"argument:port"}
+
+
 def test_names_that_an_edit_uses_are_premises(fork, tree):
     (tree / "sglang/greet.py").write_text(UPSTREAM["sglang/greet.py"])
     fork.write("python/upstream/objects.toml", "")

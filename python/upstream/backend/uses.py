@@ -50,51 +50,68 @@ class Use:
         return "; ".join(filter(None, [*self.whys, used]))
 
 
+class _Notes(dict[str, Use]):
+    """What was found so far, by name."""
+
+    def __init__(self, surface: Surface, elsewhere: list[dict]):
+        super().__init__()
+        self._surface = surface
+        self._elsewhere = {table["name"]: table for table in elsewhere}
+
+    def add(self, name: str, user: str = "", why: str = "", passes: Iterable[str] = ()) -> None:
+        if table := self._elsewhere.get(name):
+            name, why = f"assigned:{table['module']}:{name.rpartition('.')[2]}", table["why"]
+        elif name.startswith(f"{SERVER_ARGS}."):
+            argument = f"argument:{name.removeprefix(f'{SERVER_ARGS}.')}"
+            name = argument if "kvtuner" in argument or self._surface.find(argument) else name
+        if name.startswith("argument:") and "kvtuner" in name:
+            return  # an own one: the namespace of the --kvtuner-* flags
+        use = self.setdefault(name, Use(name))
+        use.users |= {user} - {""}
+        use.whys += [why] if why and why not in use.whys else []
+        use.passes |= set(passes)
+
+
 def find(surface: Surface, root: Path = ROOT) -> dict[str, Use]:
     """What the own files and edits of the repository at ``root`` use of the pinned release ``surface``, by name.
 
     Raises ForkError where an own file does not parse or a declaration is wrong.
     """
     declared = declarations(root)
-    files = {name: path for name, path in own.find(root).items() if name.endswith(".py")}
-    modules = {_module_name(name): _parse(path) for name, path in files.items()}
-    found: dict[str, Use] = {}
-
-    elsewhere = {table["name"]: table for table in declared["elsewhere"]}
-
-    def note(name: str, user: str = "", why: str = "", passes: Iterable[str] = ()) -> None:
-        argument = name.removeprefix(f"{SERVER_ARGS}.") if name.startswith(f"{SERVER_ARGS}.") else ""
-        if table := elsewhere.get(name):
-            name, why = f"assigned:{table['module']}:{name.rpartition('.')[2]}", table["why"]
-        elif argument and surface.find(f"argument:{argument}"):
-            name = f"argument:{argument}"
-        elif "kvtuner" in argument:
-            return  # an own one: the namespace of the --kvtuner-* flags
-        use = found.setdefault(name, Use(name))
-        use.users |= {user} - {""}
-        use.whys += [why] if why and why not in use.whys else []
-        use.passes |= set(passes)
-
+    paths = {_module_name(name): path for name, path in own.find(root).items() if name.endswith(".py")}
+    users = {_module_name(name): name.removeprefix("sglang/") for name in own.find(root) if name.endswith(".py")}
+    modules = {name: _parse(path) for name, path in paths.items()}
+    for table in declared["object"]:
+        module, scoped, _ = table["name"].rpartition(":")
+        if scoped and module not in modules:
+            raise ForkError(f"{OBJECTS}: the object {table['name']} is of no own module")
     code = Code(surface, modules, {table["name"]: table["type"] for table in declared["object"]})
+    notes = _Notes(surface, declared["elsewhere"])
     for name, tree in modules.items():
-        user = next(file for file in files if _module_name(file) == name).removeprefix("sglang/")
         for used, passes in Walker(code, name).walk(tree):
-            note(used, user, passes=passes)
+            notes.add(used, users[name], passes=passes)
         for used in _constants(tree, surface):
-            note(used, user)
-        for table in declared["fields"]:
-            if user == table["file"]:
-                for used in _listed(tree, table["name"]):
-                    note(used, user, table["why"])
+            notes.add(used, users[name])
+    for table in declared["fields"]:
+        listed = [
+            used
+            for name, user in users.items()
+            if user == table["file"]
+            for used in _listed(modules[name], table["name"])
+        ]
+        if not listed:
+            raise ForkError(f"{OBJECTS}: {table['file']} has no {table['name']} that lists arguments")
+        for used in listed:
+            notes.add(used, table["file"], table["why"])
     for edit in edits.load(root):
         for used, passes in _of_edit(code, edit, surface):
-            note(used, f"edit {edit.id}", passes=passes)
+            notes.add(used, f"edit {edit.id}", passes=passes)
     for table in declared["members"]:
         for member in table["names"]:
-            note(f"{table['owner']}.{member}", why=table["why"])
+            notes.add(f"{table['owner']}.{member}", why=table["why"])
     for table in declared["behaviour"]:
-        note(f"behaviour:{table['name']}", why=table["why"])
-    return found
+        notes.add(f"behaviour:{table['name']}", why=table["why"])
+    return notes
 
 
 def declarations(root: Path = ROOT) -> dict[str, list[dict]]:
