@@ -6,10 +6,11 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 TUNE_ARGS ?=
 GPU_ARGS ?=
+REBASE_ARGS ?=
 
 RUN = $(VENV)/bin/python
 
-.PHONY: help venv setup model demo serve tune-demo gpu-check gpu-bench lint test clean
+.PHONY: help venv setup model demo serve tune-demo gpu-check gpu-bench lint test rebase upstream-check clean
 
 help:
 	@echo "make setup   virtual environment $(VENV) with this sglang and its dependencies (first time: 11 GB, minutes)"
@@ -21,6 +22,8 @@ help:
 	@echo "make gpu-bench  how fast does it run them? the same needs (GPU_ARGS=...); docs/gpu_checks.md has both"
 	@echo "make lint    ruff, mypy and clang-format over this repository's own files"
 	@echo "make test    lint, and all tests; PYTEST_ARGS='test/srt -k name' chooses, '-m \"not server\"' leaves out the slow ones"
+	@echo "make upstream-check  upstream's releases above the pinned one"
+	@echo "make rebase VERSION=0.5.24  try that release: what is missing, changed, new, and whether it starts (REBASE_ARGS=--write)"
 	@echo "make clean   remove the environment and everything that was built; .cache/wheels and models too"
 	@echo
 	@echo "PYTHON=$(PYTHON) makes the environment; VENV=$(VENV) is where. Without an NVIDIA GPU the portable CPU build"
@@ -58,6 +61,12 @@ lint: setup
 
 test: lint
 	$(RUN) -m pytest -ra $(PYTEST_ARGS)
+
+upstream-check: setup
+	$(RUN) python/upstream/fork.py releases
+
+rebase: setup
+	$(RUN) python/upstream/fork.py rebase $(or $(VERSION),$(error VERSION is missing: make rebase VERSION=0.5.24)) $(REBASE_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache build dist .pytest_cache sgl-kernel/portable/build sgl-kernel/portable/*.egg-info

@@ -43,6 +43,13 @@ EDIT = {
 }
 
 
+START = """import sys
+sys.path.insert(0, sys.argv[1])
+from sglang.greet import greet
+print("started:", greet("you"))
+"""
+
+
 class Fork:
     """A repository like ours with a one-edit, one-file fork of a tiny upstream; `run` calls its own backend."""
 
@@ -53,6 +60,7 @@ class Fork:
         shutil.copytree(ROOT / "python/upstream/backend", upstream / "backend", ignore=ignored)
         for name in ("python/upstream/fork.py", "python/upstream/own.toml", "pyproject.toml", "LICENSE"):
             shutil.copyfile(ROOT / name, root / name)
+        self.write("python/upstream/start.py", START)
         self.write("python/sglang/srt/ours.py", "NAME = 'ours'\n")
         self.wheel = self.make_wheel(UPSTREAM)
         self.edit(EDIT)
@@ -69,19 +77,20 @@ class Fork:
         text = "".join("[[edit]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in t.items()) + "\n" for t in tables)
         return self.write(f"python/upstream/edits/{file}.toml", text)
 
-    def make_wheel(self, files: dict[str, str]) -> Path:
-        """Pin and write an upstream wheel of these files for the running interpreter."""
-        name = f"sglang-1.2.3-{TAG}.whl"
+    def make_wheel(self, files: dict[str, str], version: str = "1.2.3") -> Path:
+        """Write an upstream wheel of these files, which are of version 1.2.3, for the running interpreter; pin version 1.2.3."""
+        name = f"sglang-{version}-{TAG}.whl"
         path = self.root.parent / f"{self.root.name}-upstream" / name
         path.parent.mkdir(exist_ok=True)
         text = f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: false\nTag: {TAG}\n"
         with zipfile.ZipFile(path, "w") as archive:
             made = {"sglang-1.2.3.dist-info/WHEEL": text, "sglang-1.2.3.dist-info/RECORD": "stale\n"}
             for entry, content in {**files, **made}.items():
-                info = zipfile.ZipInfo(entry)
+                info = zipfile.ZipInfo(entry.replace("-1.2.3.", f"-{version}."))
                 info.external_attr = (0o755 if entry.endswith(".sh") else 0o600) << 16
-                archive.writestr(info, content)
-        Pin("1.2.3", "kvtuner.1", {name: fetch.digest(path)}).save(self.root)
+                archive.writestr(info, content.replace("Version: 1.2.3\n", f"Version: {version}\n"))
+        if version == "1.2.3":
+            Pin(version, "kvtuner.1", {name: fetch.digest(path)}).save(self.root)
         return path
 
     @property

@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 
 from . import compose as composing
-from . import edits, fetch, identity, own, releases, review, wheel
+from . import edits, fetch, identity, own, premises, releases, report, review, uses, wheel
 from .errors import ForkError
 from .pin import PIN, ROOT, Pin
+from .surface import Surface
 
 
 def compose(folder: str, root: Path = ROOT) -> int:
@@ -45,7 +46,7 @@ def diff(root: Path = ROOT) -> int:
         wheel.unpack(fetch.fetch(pin), Path(folder))
         for file in review.by_file(Path(folder), edits.load(root), identity.version(pin, root)):
             if file.data is None:
-                raise ForkError(_conflicts(file.findings)[0].detail)
+                raise ForkError(next(f.detail for f in file.findings if f.status == review.CONFLICT))
             sides = [(Path(folder) / file.target).read_bytes(), file.data]
             lines = [[line.decode() for line in side.splitlines(keepends=True)] for side in sides]
             print("".join(difflib.unified_diff(*lines, f"a/{file.target}", f"b/{file.target}")), end="")
@@ -56,53 +57,51 @@ def diff(root: Path = ROOT) -> int:
 
 
 def check(root: Path = ROOT) -> int:
-    """Print how every edit fits the pinned release; 1 where not every one is ok."""
-    pin = Pin.load(root)
-    return _report(releases.judge(fetch.fetch(pin), pin, root))
-
-
-def record(root: Path = ROOT) -> int:
-    """Write the fingerprints found on the pinned release into the files of edits; 1 where an edit conflicts."""
-    pin = Pin.load(root)
-    findings, collisions = releases.judge(fetch.fetch(pin), pin, root)
-    found = {f.edit.id: f.fingerprint for f in findings if f.fingerprint}
-    for path in edits.edit_files(root):
-        if edits.record(path, found, root):
-            print(f"recorded: {path.relative_to(root)}")
-    conflicts = _conflicts(findings)
-    return _report((conflicts, collisions)) if conflicts or collisions else 0
-
-
-def rebase(version: str, write: bool, root: Path = ROOT) -> int:
-    """Print how every edit fits release `version`, and move the pin there if asked to and nothing conflicts."""
+    """Print how edits and premises fit the pinned release; 1 where not everything is ok."""
     pin = Pin.load(root)
     with tempfile.TemporaryDirectory() as folder:
-        upstream = releases.download(fetch.select(pin), version, Path(folder))
-        findings, collisions = releases.judge(upstream, pin, root)
-        status = _report((findings, collisions))
-        if write and (_conflicts(findings) or collisions):
-            raise ForkError(f"{PIN} stays at {pin.version}: there are conflicts")
-        if write:
-            releases.moved(pin, version, Path(folder)).save(root)
-            print(f"{PIN} is at {version}." + (" Review the edits above, then run fork.py record." if status else ""))
-    return status
+        tree = Path(folder)
+        wheel.unpack(fetch.fetch(pin), tree)
+        standing = releases.judge(tree, uses.find(Surface(tree), root), pin, root)
+    report.write(standing)
+    return 0 if standing.settled else 1
 
 
-def _conflicts(findings: list[review.Finding]) -> list[review.Finding]:
-    return [finding for finding in findings if finding.status == review.CONFLICT]
+def record(patterns: list[str], root: Path = ROOT) -> int:
+    """Accept what is new in this repository and the reviews whose ids match `patterns`; 1 where something else is left."""
+    pin = Pin.load(root)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        wheel.unpack(fetch.fetch(pin), tree)
+        used = uses.find(Surface(tree), root)
+        standing = releases.judge(tree, used, pin, root)
+        reviews = [*(f.edit.id for f in standing.edits), *(p.name for p in standing.premises)]
+        for pattern in patterns:
+            if not any(premises.matches(name, [pattern]) for name in reviews):
+                raise ForkError(f"no edit or premise is called {pattern}; fork.py check lists what needs review")
+        found = {
+            f.edit.id: f.fingerprint
+            for f in standing.edits
+            if f.fingerprint and (not f.edit.fingerprint or premises.matches(f.edit.id, patterns))
+        }
+        for path in edits.edit_files(root):
+            if edits.record(path, found, root):
+                print(f"recorded: {path.relative_to(root)}")
+        accepted = premises.accept(standing.premises, premises.Record.load(root), patterns)
+        accepted.save(used, root)
+        standing = releases.judge(tree, used, pin, root)
+        if standing.settled:
+            accepted.release = pin.version
+            accepted.save(used, root)
+    report.write(standing)
+    return 0 if standing.settled else 1
 
 
-def _report(judged: tuple[list[review.Finding], list[str]]) -> int:
-    findings, collisions = judged
-    rows = [(f.status, f.edit.id, f.edit.target, f.edit.scope or "(module)") for f in findings]
-    rows += [(review.CONFLICT, "(own file)", name, "") for name in collisions]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    for detail in dict.fromkeys(f.detail for f in findings if f.detail):
-        print(f"- {detail}")
-    for name in collisions:
-        print(f"- upstream has a file of its own at {name}")
-    counts = {status: sum(row[0] == status for row in rows) for status in (review.OK, review.REVIEW, review.CONFLICT)}
-    print(", ".join(f"{count} {status}" for status, count in counts.items()))
-    return 1 if counts[review.REVIEW] or counts[review.CONFLICT] else 0
+def newer_releases(root: Path = ROOT) -> int:
+    """Print the releases above the pinned one that the index has."""
+    pin = Pin.load(root)
+    versions = releases.newer(pin)
+    print(f"{PIN} is at {pin.version}; newer releases: {', '.join(versions) or 'none'}")
+    if versions:
+        print(f"Next: make rebase VERSION={versions[-1]}")
+    return 0

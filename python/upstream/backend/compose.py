@@ -6,21 +6,26 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from . import edits, fetch, identity, metadata, own, review, wheel
+from . import edits, identity, metadata, own, premises, review, wheel
 from .errors import ForkError
 from .pin import ROOT, Pin
 
 
-def compose(pin: Pin, upstream: BinaryIO, tree: Path, *, root: Path = ROOT, link: bool = False) -> None:
+def compose(
+    pin: Pin, upstream: BinaryIO, tree: Path, *, root: Path = ROOT, link: bool = False, reviewed: bool = True
+) -> None:
     """Compose the fork in the empty folder `tree` from the wheel `upstream`; own files are linked with `link`.
 
-    Raises ForkError where an edit cannot be applied or needs review, or upstream has an own file too.
+    Raises ForkError where an edit cannot be applied, or upstream has an own file too; and, unless `reviewed` is False, which
+    is for trying a release, where an edit needs review or the premises were not reviewed on this release.
     """
     version = identity.version(pin, root, editable=link)
+    if reviewed:
+        premises.require_reviewed(pin, root)
     wheel.unpack(upstream, tree)
     for file in review.by_file(tree, edits.load(root), version):
         for finding in file.findings:
-            if finding.status != review.OK:
+            if finding.status == review.CONFLICT or (reviewed and finding.status != review.OK):
                 raise ForkError(finding.detail)
         (tree / file.target).write_bytes(file.data)
     own.add(own.find(root), tree, link=link)

@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from packaging.utils import parse_wheel_filename
+from packaging.version import Version
 
-from . import edits, fetch, own, review, wheel
+from . import edits, fetch, own, premises, review, uses
 from .errors import ForkError
 from .pin import ROOT, Pin
+from .surface import Surface
 
 # pip takes a foreign platform literally, and the next release may be built against another C library.
 _LIBC_MINORS = range(17, 46)
 
 
-def judge(upstream: Path | BinaryIO, pin: Pin, root: Path = ROOT) -> tuple[list[review.Finding], list[str]]:
-    """How every edit fits the wheel `upstream`, and the own files that are in it too, by installed path."""
-    with tempfile.TemporaryDirectory() as folder:
-        wheel.unpack(upstream, Path(folder))
-        files = review.by_file(Path(folder), edits.load(root), pin.release)
-        collisions = [name for name in sorted(own.find(root)) if Path(folder, name).exists()]
-    return [finding for file in files for finding in file.findings], collisions
+@dataclass(frozen=True)
+class Standing:
+    """How this fork fits a release: its edits, own files that are upstream's too, by installed path, and its premises."""
+
+    edits: list[review.Finding]
+    collisions: list[str]
+    premises: list[premises.Judged]
+
+    @property
+    def conflicts(self) -> bool:
+        judged = (*self.edits, *self.premises)
+        return bool(self.collisions) or any(item.status == review.CONFLICT for item in judged)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to look at."""
+        return not self.collisions and all(item.status == review.OK for item in (*self.edits, *self.premises))
+
+
+def judge(tree: Path, used: dict[str, uses.Use], pin: Pin, root: Path = ROOT) -> Standing:
+    """How this fork, which uses `used` of the pinned release, fits the release unpacked in `tree`."""
+    findings = [f for file in review.by_file(tree, edits.load(root), pin.release) for f in file.findings]
+    collisions = [name for name in sorted(own.find(root)) if (tree / name).exists()]
+    return Standing(findings, collisions, premises.judge(used, premises.Record.load(root), Surface(tree)))
+
+
+def newer(pin: Pin) -> list[str]:
+    """The releases that pip's index has above the pinned one, oldest first. Raises ForkError where it has none at all."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "sglang", "--disable-pip-version-check", "--no-input"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    listed = re.search(r"^Available versions: (.+)$", result.stdout, re.MULTILINE)
+    if result.returncode or not listed:
+        raise ForkError(f"pip lists no releases: {fetch.PipFailed(result.stderr).reason()}")
+    versions = sorted(map(Version, listed[1].split(", ")))
+    return [str(version) for version in versions if version > Version(pin.version)]
 
 
 def download(like: str, version: str, folder: Path) -> Path:

@@ -71,6 +71,12 @@ class Source:
         scope, node = found[0]
         return self._beside(edit, node, edit.where == "after", fingerprint(scope, node))
 
+    def scope_text(self, edit: Edit) -> str:
+        """The source of what the fingerprint of `edit` is of; the whole file for an edit of the module."""
+        nodes = [scope for scope in find_scopes(self._tree, edit.scope) if not isinstance(scope, ast.Module)]
+        lines = [line for n in nodes for line in self._lines[n.lineno - 1 : n.end_lineno]] if nodes else self._lines
+        return b"".join(lines).decode()
+
     def apply(self, edits: list[Edit], version: str) -> bytes:
         """The file with the notice and all `edits`, `version` in place of @FORK_VERSION@.
 

@@ -97,4 +97,10 @@ def fingerprint(scope: ast.AST, anchored: ast.stmt | None) -> str:
         text = canonical(anchored)
     else:
         text = canonical(scope, closed=not isinstance(scope, _FUNCTIONS))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(text)
+
+
+def digest(*parts: ast.AST | str | None) -> str:
+    """Sixteen hex digits of texts and of trees, which are compared as :func:`canonical` writes them."""
+    texts = [part if isinstance(part, str) else canonical(part) for part in parts]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
