@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from . import edits, identity, metadata, own, premises, review, wheel
+from . import edits, fetch, identity, metadata, own, premises, review, wheel
 from .errors import ForkError
 from .pin import ROOT, Pin
 
