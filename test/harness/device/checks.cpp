@@ -1,7 +1,7 @@
 // What a launch did wrong: accesses outside of buffers, of what nobody wrote, and races in shared memory.
 //
-// Kernels are not changed for it: their file is compiled with -fsanitize=thread and linked with the functions at the end
-// instead of that sanitizer's runtime, so that the compiler reports every access here.
+// Kernels are not changed for it: their file is compiled with -fsanitize=thread and linked with the functions at the
+// end instead of that sanitizer's runtime, so that the compiler reports every access here.
 #include <link.h>
 
 #include <cstdarg>
@@ -63,7 +63,8 @@ void check_shared(size_t at, size_t n, bool write) {
     Word& w = words[i];
     if (!write && !w.writer) report("read of uninitialised shared memory at byte %zu", i * 4);
     if (w.writer && !ordered(w.writer, w.write_block, w.write_warp))
-      report("race: %s shared byte %zu, written by thread %d without a barrier", write ? "writes" : "reads", i * 4, w.writer - 1);
+      report("race: %s shared byte %zu, written by thread %d without a barrier", write ? "writes" : "reads", i * 4,
+             w.writer - 1);
     if (write && !reads_ordered(w)) report("race: writes shared byte %zu, read by others without a barrier", i * 4);
     write ? note_write(w) : note_read(w);
   }
@@ -71,7 +72,8 @@ void check_shared(size_t at, size_t n, bool write) {
 
 void check_buffer(Buffer& b, const uint8_t* p, size_t n, bool write) {
   const size_t at = p - b.begin;
-  if (p < b.begin || p + n > b.end) return report("%s of %zu bytes crosses the end of %s", write ? "write" : "read", n, b.name.c_str());
+  if (p < b.begin || p + n > b.end)
+    return report("%s of %zu bytes crosses the end of %s", write ? "write" : "read", n, b.name.c_str());
   if (write && !b.writable) return report("write to %s at byte %zu, which is only read", b.name.c_str(), at);
   if (b.written.empty()) return;
   for (size_t i = at; i < at + n; ++i) {
@@ -132,7 +134,8 @@ void check_access(const uint8_t* p, size_t n, bool write) {
 void check_copy_start(const uint8_t* to) {
   const size_t at = to - shared_begin;
   for (size_t i = at / 4; i < at / 4 + 4; ++i)
-    if (!reads_ordered(words[i])) return report("race: a copy starts over shared byte %zu, read by others without a barrier", i * 4);
+    if (!reads_ordered(words[i]))
+      return report("race: a copy starts over shared byte %zu, read by others without a barrier", i * 4);
 }
 
 void reset_shared_checks() { words.assign(shared_size / 4 + 1, Word()); }
@@ -148,7 +151,8 @@ void machine_set_options(const machine::Options* to) { machine::options = *to; }
 // initialised: whether reading is right before anything was written.
 void machine_add_buffer(const void* p, size_t bytes, const char* name, int writable, int initialised) {
   const uint8_t* begin = (const uint8_t*)p;
-  machine::buffers.push_back({begin, begin + bytes, name, writable != 0, std::vector<uint8_t>(initialised ? 0 : bytes)});
+  machine::buffers.push_back(
+      {begin, begin + bytes, name, writable != 0, std::vector<uint8_t>(initialised ? 0 : bytes)});
 }
 
 void machine_forget() {
@@ -161,10 +165,10 @@ int machine_findings() { return (int)machine::findings.size(); }
 const char* machine_finding(int i) { return machine::findings[i].c_str(); }
 
 // What the compiler calls.
-#define MACHINE_ACCESSES(n)                                                                           \
-  void __tsan_read##n(void* p) { machine::check_access((const uint8_t*)p, n, false); }                \
-  void __tsan_write##n(void* p) { machine::check_access((const uint8_t*)p, n, true); }                \
-  void __tsan_unaligned_read##n(void* p) { machine::check_access((const uint8_t*)p, n, false); }      \
+#define MACHINE_ACCESSES(n)                                                                      \
+  void __tsan_read##n(void* p) { machine::check_access((const uint8_t*)p, n, false); }           \
+  void __tsan_write##n(void* p) { machine::check_access((const uint8_t*)p, n, true); }           \
+  void __tsan_unaligned_read##n(void* p) { machine::check_access((const uint8_t*)p, n, false); } \
   void __tsan_unaligned_write##n(void* p) { machine::check_access((const uint8_t*)p, n, true); }
 MACHINE_ACCESSES(1)
 MACHINE_ACCESSES(2)

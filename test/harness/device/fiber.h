@@ -3,7 +3,8 @@
 
 #include <cstddef>
 
-// x86-64 saves six registers; elsewhere, or where a build asks for it, ucontext takes its place at a fifth of the speed.
+// x86-64 saves six registers; elsewhere, or where a build asks for it, ucontext takes its place at a fifth of the
+// speed.
 #if defined(__x86_64__) && !defined(MACHINE_UCONTEXT)
 #define MACHINE_OWN_SWITCH 1
 #else

@@ -38,7 +38,8 @@ void thread_main() {
   body_(arguments_);
   Thread& me = *current;
   if (!me.open.empty() || !me.pending.empty()) report("a thread ends with copies under way");
-  if (me.warp->arrived) abandon("a lane ends while others of its warp wait, operation", me.lane, (int)me.warp->operation);
+  if (me.warp->arrived)
+    abandon("a lane ends while others of its warp wait, operation", me.lane, (int)me.warp->operation);
   me.done = true;
   --me.warp->live, --alive;
   note_progress();
@@ -49,7 +50,8 @@ void make_stacks(size_t count) {
   if (stack_bytes >= count * kStackBytes) return;
   if (stacks) munmap(stacks, stack_bytes);
   stack_bytes = count * kStackBytes;
-  stacks = (uint8_t*)mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  stacks =
+      (uint8_t*)mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
 
 // The place of a warp or lane in this round.
@@ -72,7 +74,8 @@ void run_warp(size_t warp) {
 }
 
 void release_block_barrier() {
-  if (alive != (int)threads.size()) report("%d threads ended before a barrier of the block", (int)threads.size() - alive);
+  if (alive != (int)threads.size())
+    report("%d threads ended before a barrier of the block", (int)threads.size() - alive);
   ++block_epoch, waiting = 0;
   note_progress();
   for (Thread& t : threads) t.at_block_barrier = false;

@@ -62,7 +62,9 @@ uint32_t half2_add(uint32_t a, uint32_t b) {
 uint32_t half2_multiply(uint32_t a, uint32_t b) {
   return half_of((double)half_low(a) * half_low(b)) | half_of((double)half_high(a) * half_high(b)) << 16;
 }
-uint32_t half2_max(uint32_t a, uint32_t b) { return half_max(a & 0xffff, b & 0xffff) | half_max(a >> 16, b >> 16) << 16; }
+uint32_t half2_max(uint32_t a, uint32_t b) {
+  return half_max(a & 0xffff, b & 0xffff) | half_max(a >> 16, b >> 16) << 16;
+}
 uint32_t half2_of_shorts(uint32_t a) { return half_of((int16_t)(a & 0xffff)) | half_of((int16_t)(a >> 16)) << 16; }
 
 // Subnormal results are flushed.

@@ -21,7 +21,8 @@ void meet(Operation operation, const void* site, const uint32_t* in, int words_i
   for (int i = 0; i < words_in; ++i) w.in[me.lane][i] = in[i];
   note_progress();
   if (++w.arrived == w.live) {
-    if (w.live != kLanes) abandon("a warp's instruction without all of its lanes, operation, lanes", (int)operation, w.live);
+    if (w.live != kLanes)
+      abandon("a warp's instruction without all of its lanes, operation, lanes", (int)operation, w.live);
     compute(w);
     w.arrived = 0;
     ++w.meetings;
@@ -115,7 +116,8 @@ void mma_emulated(bool bf16, float (&d)[4], const uint32_t (&a)[4], const uint32
   uint32_t in[10], out[4];
   for (int i = 0; i < 4; ++i) in[i] = a[i], in[6 + i] = bits_of(d[i]);
   for (int i = 0; i < 2; ++i) in[4 + i] = b[i];
-  machine::meet(bf16 ? Operation::mma_bf16 : Operation::mma_f16, site, in, 10, out, 4, [bf16](Warp& w) { machine::multiply(w, bf16); });
+  machine::meet(bf16 ? Operation::mma_bf16 : Operation::mma_f16, site, in, 10, out, 4,
+                [bf16](Warp& w) { machine::multiply(w, bf16); });
   for (int i = 0; i < 4; ++i) d[i] = float_of(out[i]);
 }
 
@@ -183,12 +185,14 @@ void copy_commit() { current->pending.push_back(std::exchange(current->open, {})
 void copy_wait_until(int pending) { machine::land_copies((size_t)pending); }
 
 int atomic_add(int* p, int x) {
-  if (machine::checking()) machine::check_access((const uint8_t*)p, 4, false), machine::check_access((uint8_t*)p, 4, true);
+  if (machine::checking())
+    machine::check_access((const uint8_t*)p, 4, false), machine::check_access((uint8_t*)p, 4, true);
   return std::exchange(*p, *p + x);
 }
 
 void atomic_add(int64_t* p, int x) {
-  if (machine::checking()) machine::check_access((const uint8_t*)p, 8, false), machine::check_access((uint8_t*)p, 8, true);
+  if (machine::checking())
+    machine::check_access((const uint8_t*)p, 8, false), machine::check_access((uint8_t*)p, 8, true);
   *p += x;
 }
 

@@ -63,8 +63,7 @@ KVTUNER_DEVICE void attend_pages(const DecodeParameters& p, const Place& place, 
     product.multiply(queries, keys, lane, s);
     if (page == 0 && p.sink_length > 0) {  // the first tokens are read as full rows
       KVTUNER_UNROLL
-      for (int i = 0; i < 4; ++i)
-        KVTUNER_UNROLL
+      for (int i = 0; i < 4; ++i) KVTUNER_UNROLL
       for (int j = 0; j < 4; ++j)
         if (i / 2 * 32 + 4 * g + i % 2 * 2 + j / 2 < p.sink_length) s[i][j] = -INFINITY;
     }

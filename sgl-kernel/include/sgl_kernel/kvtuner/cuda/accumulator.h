@@ -22,8 +22,7 @@ struct Accumulator {
 
   KVTUNER_DEVICE void clear() {
     KVTUNER_UNROLL
-    for (int i = 0; i < tiles; ++i)
-      KVTUNER_UNROLL
+    for (int i = 0; i < tiles; ++i) KVTUNER_UNROLL
     for (int j = 0; j < 4; ++j) out[i][j] = 0;
     KVTUNER_UNROLL
     for (int j = 0; j < 2; ++j) highest[j] = -INFINITY, sum[j] = 0;
@@ -38,12 +37,10 @@ struct Accumulator {
   KVTUNER_DEVICE void raise(const float (&s)[kTiles][4], const float (&logit_scale)[2], int scale_exponent) {
     float top[2] = {s[0][0], s[0][1]};
     KVTUNER_UNROLL
-    for (int i = 0; i < kTiles; ++i)
-      KVTUNER_UNROLL
+    for (int i = 0; i < kTiles; ++i) KVTUNER_UNROLL
     for (int j = 0; j < 2; ++j) top[j] = fmaxf(top[j], fmaxf(s[i][j], s[i][2 + j]));
     KVTUNER_UNROLL
-    for (int mask = 4; mask < kWarpLanes; mask *= 2)
-      KVTUNER_UNROLL
+    for (int mask = 4; mask < kWarpLanes; mask *= 2) KVTUNER_UNROLL
     for (int j = 0; j < 2; ++j) top[j] = fmaxf(top[j], shuffle_xor(top[j], mask));
     KVTUNER_UNROLL
     for (int j = 0; j < 2; ++j) top[j] *= logit_scale[j];
@@ -59,8 +56,7 @@ struct Accumulator {
       highest[j] = to, sum[j] *= kept, factor[j] = kept * down;
     }
     KVTUNER_UNROLL
-    for (int i = 0; i < tiles; ++i)
-      KVTUNER_UNROLL
+    for (int i = 0; i < tiles; ++i) KVTUNER_UNROLL
     for (int j = 0; j < 4; ++j) out[i][j] *= factor[j % 2];
     KVTUNER_UNROLL
     for (int n = 0; n < zero_sums; ++n) zero_sum[n][0] *= factor[0], zero_sum[n][1] *= factor[1];
@@ -72,18 +68,15 @@ struct Accumulator {
   // Sums over lanes, and what has been kept apart: out becomes the sum of weights times values in every lane.
   KVTUNER_DEVICE void finish() {
     KVTUNER_UNROLL
-    for (int mask = 4; mask < kWarpLanes; mask *= 2)
-      KVTUNER_UNROLL
+    for (int mask = 4; mask < kWarpLanes; mask *= 2) KVTUNER_UNROLL
     for (int j = 0; j < 2; ++j) {
       sum[j] += shuffle_xor(sum[j], mask);
-      if constexpr (F::value_scales_weights && F::value_zeros)
-        KVTUNER_UNROLL
+      if constexpr (F::value_scales_weights && F::value_zeros) KVTUNER_UNROLL
       for (int n = 0; n < zero_sums; ++n) zero_sum[n][j] += shuffle_xor(zero_sum[n][j], mask);
     }
     const float up = power_of_two(exponent);
     KVTUNER_UNROLL
-    for (int i = 0; i < tiles; ++i)
-      KVTUNER_UNROLL
+    for (int i = 0; i < tiles; ++i) KVTUNER_UNROLL
     for (int j = 0; j < 4; ++j) out[i][j] = (out[i][j] + zero_sum[i * zero_sums / tiles][j % 2]) * up;
   }
 };

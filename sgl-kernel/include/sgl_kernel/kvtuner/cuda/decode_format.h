@@ -6,8 +6,8 @@
 namespace kvtuner::cuda {
 
 constexpr int kPageTokens = 64;
-constexpr int kHeadTile = 8;      // query heads of a KV head that a block serves: the N of mma
-constexpr int kRowTile = 16;      // full-precision tokens that a warp takes at a time
+constexpr int kHeadTile = 8;           // query heads of a KV head that a block serves: the N of mma
+constexpr int kRowTile = 16;           // full-precision tokens that a warp takes at a time
 constexpr int kSharedMost = 99 << 10;  // shared memory of a block on sm_86, sm_89 and sm_120
 
 constexpr int most(int a, int b) { return a > b ? a : b; }
@@ -58,7 +58,8 @@ struct DecodeFormat {
   static constexpr int blocks_per_sm = warps < 4 ? 1 : head_dim > 128 ? 2 : 3;
 
   static constexpr bool supported() {
-    const int key_group = key.axis == 0 ? 4 * KeyUnit::span : 32, value_group = value.axis == 0 ? 32 : 4 * ValueUnit::span;
+    const int key_group = key.axis == 0 ? 4 * KeyUnit::span : 32,
+              value_group = value.axis == 0 ? 32 : 4 * ValueUnit::span;
     return key.page_size == kPageTokens && value.page_size == kPageTokens && value.head_dim == head_dim &&
            head_dim % 32 == 0 && head_dim % KeyUnit::elements == 0 && head_dim <= 256 && key.token_lanes &&
            !value.token_lanes && !value.hadamard && (!key_quantized || key.group_size % key_group == 0) &&

@@ -13,8 +13,13 @@ struct FullRows {
   int request, head, head_dim, sinks, packed_end, prefix_len;
 
   KVTUNER_DEVICE FullRows(const DecodeParameters& p, int request, int head, int head_dim)
-      : p(p), slot(p.slots[request]), request(request), head(head), head_dim(head_dim),
-        packed_end(p.packed_end[request]), prefix_len(p.prefix_lens[request]) {
+      : p(p),
+        slot(p.slots[request]),
+        request(request),
+        head(head),
+        head_dim(head_dim),
+        packed_end(p.packed_end[request]),
+        prefix_len(p.prefix_lens[request]) {
     sinks = packed_end > 0 ? p.sink_length : 0;
   }
 

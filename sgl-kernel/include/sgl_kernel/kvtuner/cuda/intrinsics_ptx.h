@@ -57,9 +57,7 @@ KVTUNER_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 // prmt.b32
-KVTUNER_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
-}
+KVTUNER_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 // ex2.approx.ftz, lg2.approx.ftz
 KVTUNER_DEVICE float exp2_approx(float x) {

@@ -31,8 +31,7 @@ struct KeyProduct {
       for (int n = 0; n < groups; ++n) {
         float negative[4] = {}, plain[4] = {};
         KVTUNER_UNROLL
-        for (int u = n * units; u < (n + 1) * units; ++u)
-          KVTUNER_UNROLL
+        for (int u = n * units; u < (n + 1) * units; ++u) KVTUNER_UNROLL
         for (int step = 0; step < U::steps; ++step) {
           const uint32_t x = twice_as_half(-Expand::excess(2 * step)), y = twice_as_half(-Expand::excess(2 * step + 1));
           const uint32_t a[4] = {x, x, y, y};
@@ -67,8 +66,7 @@ struct KeyProduct {
 
   KVTUNER_DEVICE static void clear(PageLogits& s) {
     KVTUNER_UNROLL
-    for (int i = 0; i < 4; ++i)
-      KVTUNER_UNROLL
+    for (int i = 0; i < 4; ++i) KVTUNER_UNROLL
     for (int j = 0; j < 4; ++j) s[i][j] = 0;
   }
 
@@ -76,10 +74,8 @@ struct KeyProduct {
   KVTUNER_DEVICE static void unscaled(const Queries<F>& q, const uint8_t* page, int g, int t, PageLogits& s) {
     clear(s);
     KVTUNER_UNROLL
-    for (int part = 0; part < Queries<F>::parts; ++part)
-      KVTUNER_UNROLL
-    for (int block = 0; block < 2; ++block)
-      KVTUNER_UNROLL
+    for (int part = 0; part < Queries<F>::parts; ++part) KVTUNER_UNROLL
+    for (int block = 0; block < 2; ++block) KVTUNER_UNROLL
     for (int u = 0; u < F::key_units; ++u)
       multiply_unit<true>(page, u, block, g, t, q.fragment[part][u], s[2 * block], s[2 * block + 1]);
   }
@@ -89,31 +85,27 @@ struct KeyProduct {
     constexpr int units = F::key_units / groups;
     clear(s);
     KVTUNER_UNROLL
-    for (int block = 0; block < 2; ++block)
-      KVTUNER_UNROLL
+    for (int block = 0; block < 2; ++block) KVTUNER_UNROLL
     for (int n = 0; n < groups; ++n) {
       const uint8_t* at = page + key.code_bytes() + (n * kPageTokens + 32 * block + 4 * g) * kParameterBytes;
       const uint2 w = *(const uint2*)at;
       const float scale[4] = {half_low(w.x), half_high(w.x), half_low(w.y), half_high(w.y)};
       float sum[2][4];
       KVTUNER_UNROLL
-      for (int i = 0; i < 2; ++i)
-        KVTUNER_UNROLL
+      for (int i = 0; i < 2; ++i) KVTUNER_UNROLL
       for (int j = 0; j < 4; ++j) sum[i][j] = bias[n][j % 2];
       if constexpr (F::key_zeros) {
         const uint2 z = *(const uint2*)(at + key.scale_bytes());
         const float zero[4] = {short_low(z.x), short_high(z.x), short_low(z.y), short_high(z.y)};
         KVTUNER_UNROLL
-        for (int i = 0; i < 2; ++i)
-          KVTUNER_UNROLL
+        for (int i = 0; i < 2; ++i) KVTUNER_UNROLL
         for (int j = 0; j < 4; ++j) sum[i][j] += zero[2 * i + j / 2] * query_sum[n][j % 2];
       }
       KVTUNER_UNROLL
       for (int u = n * units; u < (n + 1) * units; ++u)
         multiply_unit<false>(page, u, block, g, t, q.fragment[0][u], sum[0], sum[1]);
       KVTUNER_UNROLL
-      for (int i = 0; i < 2; ++i)
-        KVTUNER_UNROLL
+      for (int i = 0; i < 2; ++i) KVTUNER_UNROLL
       for (int j = 0; j < 4; ++j) s[2 * block + i][j] += scale[2 * i + j / 2] * sum[i][j];
     }
   }
@@ -127,8 +119,7 @@ struct KeyProduct {
       uint32_t scaled[F::key_units][U::steps][2];
       float start[4] = {};
       KVTUNER_UNROLL
-      for (int u = 0; u < F::key_units; ++u)
-        KVTUNER_UNROLL
+      for (int u = 0; u < F::key_units; ++u) KVTUNER_UNROLL
       for (int step = 0; step < U::steps; ++step) {
         const uint8_t* at = scales + U::element(u, step, 0, t) * kParameterBytes;
         const uint2 w = *(const uint2*)at;
@@ -137,12 +128,10 @@ struct KeyProduct {
         add_start(at + key.scale_bytes(), step, scaled[u][step], start);
       }
       KVTUNER_UNROLL
-      for (int i = 2 * n * blocks; i < 2 * (n + 1) * blocks; ++i)
-        KVTUNER_UNROLL
+      for (int i = 2 * n * blocks; i < 2 * (n + 1) * blocks; ++i) KVTUNER_UNROLL
       for (int j = 0; j < 4; ++j) s[i][j] = start[j % 2] + start[2 + j % 2];
       KVTUNER_UNROLL
-      for (int block = n * blocks; block < (n + 1) * blocks; ++block)
-        KVTUNER_UNROLL
+      for (int block = n * blocks; block < (n + 1) * blocks; ++block) KVTUNER_UNROLL
       for (int u = 0; u < F::key_units; ++u)
         multiply_unit<false>(page, u, block, g, t, scaled[u], s[2 * block], s[2 * block + 1]);
     }

@@ -30,12 +30,11 @@ KVTUNER_DEVICE void write_part(const DecodeParameters& p, const Place& place, in
                                uint8_t* shared) {
   constexpr int dim = F::head_dim;
   const int warp = thread_index() / kWarpLanes, lane = thread_index() % kWarpLanes, g = lane / 4, t = lane % 4;
-  float* results = (float*)shared;                      // [warps][kHeadTile][dim]
-  float* sums = results + F::warps * kHeadTile * dim;   // [warps][kHeadTile][highest, sum]
+  float* results = (float*)shared;                     // [warps][kHeadTile][dim]
+  float* sums = results + F::warps * kHeadTile * dim;  // [warps][kHeadTile][highest, sum]
   sync_block();
   KVTUNER_UNROLL
-  for (int i = 0; i < Accumulator<F>::tiles; ++i)
-    KVTUNER_UNROLL
+  for (int i = 0; i < Accumulator<F>::tiles; ++i) KVTUNER_UNROLL
   for (int j = 0; j < 4; ++j)
     results[(warp * kHeadTile + 2 * t + j % 2) * dim + channel_of<kRows>(i, j, g)] = from.out[i][j];
   if (g == 0) {

@@ -24,7 +24,9 @@ struct PagePacker {
   int* damaged;  // of each warp
 
   KVTUNER_DEVICE explicit PagePacker(uint8_t* shared)
-      : rows((float*)shared), scales(rows + tokens * pitch), zeros(scales + parameters),
+      : rows((float*)shared),
+        scales(rows + tokens * pitch),
+        zeros(scales + parameters),
         damaged((int*)(zeros + parameters)) {}
 
   // All rows are written. Returns, to thread 0, whether something is not finite.
@@ -96,7 +98,8 @@ struct PagePacker {
       uint32_t word = 0;
       KVTUNER_UNROLL
       for (int e = 0; e < span; ++e) {
-        const int element = row * span + e, token = f.token_lanes ? lane : element, channel = f.token_lanes ? element : lane;
+        const int element = row * span + e, token = f.token_lanes ? lane : element,
+                  channel = f.token_lanes ? element : lane;
         const float x = rows[token * pitch + channel];
         uint32_t code;
         if constexpr (format.nbits == 16) {

@@ -97,10 +97,8 @@ struct Queries {
   template <class Each>
   KVTUNER_DEVICE static void each(const Each& call) {
     KVTUNER_UNROLL
-    for (int unit = 0; unit < F::key_units; ++unit)
-      KVTUNER_UNROLL
-    for (int step = 0; step < U::steps; ++step)
-      KVTUNER_UNROLL
+    for (int unit = 0; unit < F::key_units; ++unit) KVTUNER_UNROLL
+    for (int step = 0; step < U::steps; ++step) KVTUNER_UNROLL
     for (int half = 0; half < 2; ++half) call(unit, step, half);
   }
 };

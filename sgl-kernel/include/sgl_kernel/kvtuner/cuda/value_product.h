@@ -51,8 +51,7 @@ struct ValueProduct {
     if constexpr (F::value_scales_weights) {
       uint32_t top = 0;
       KVTUNER_UNROLL
-      for (int n = 0; n < sets; ++n)
-        KVTUNER_UNROLL
+      for (int n = 0; n < sets; ++n) KVTUNER_UNROLL
       for (int block = 0; block < 2; ++block) {
         const uint2 w = *(const uint2*)parameters(page, n, block, g);
         scales[n][block] = w;
@@ -70,8 +69,7 @@ struct ValueProduct {
                                            const uint8_t* page, uint8_t* weights, int g, int t, Accumulator<F>& to) {
     const float unit = power_of_two(-to.exponent);
     KVTUNER_UNROLL
-    for (int block = 0; block < 2; ++block)
-      KVTUNER_UNROLL
+    for (int block = 0; block < 2; ++block) KVTUNER_UNROLL
     for (int j = 0; j < 4; ++j) {
       const float* logits = s[2 * block + j / 2] + j % 2 * 2;
       const float p0 = exp2_approx(logits[0] * logit_scale[0] + to.lowered(0));
@@ -114,8 +112,7 @@ struct ValueProduct {
     uint32_t h[4][U::words];
     load_unit<value.nbits, Expand>(page, dim * kWordBytes, unit, block, g, t, h);
     KVTUNER_UNROLL
-    for (int step = 0; step < U::steps; ++step)
-      multiply_step<in_bf16>(h, step, b[unit * U::steps + step], low, high);
+    for (int step = 0; step < U::steps; ++step) multiply_step<in_bf16>(h, step, b[unit * U::steps + step], low, high);
   }
 
   // Scales are in the weights, or there are none: the channels of group n.
@@ -123,8 +120,7 @@ struct ValueProduct {
                                             Accumulator<F>& to) {
     constexpr int blocks = dim / 32 / sets;
     KVTUNER_UNROLL
-    for (int u = 0; u < F::value_units; ++u)
-      KVTUNER_UNROLL
+    for (int u = 0; u < F::value_units; ++u) KVTUNER_UNROLL
     for (int c = n * blocks; c < (n + 1) * blocks; ++c)
       multiply_unit(page, u, c, g, t, b, to.out[2 * c], to.out[2 * c + 1]);
   }
@@ -141,7 +137,8 @@ struct ValueProduct {
         const uint32_t one = twice_as_half(1.f);
         const uint32_t ones[4] = {one, one, one, one};
         KVTUNER_UNROLL
-        for (int step = n * units * U::steps; step < (n + 1) * units * U::steps; ++step) mma<false>(total, ones, b[step]);
+        for (int step = n * units * U::steps; step < (n + 1) * units * U::steps; ++step)
+          mma<false>(total, ones, b[step]);
       }
       KVTUNER_UNROLL
       for (int c = 0; c < dim / 32; ++c) {
@@ -155,13 +152,11 @@ struct ValueProduct {
           const uint2 z = *(const uint2*)(at + value.scale_bytes());
           const float zero[4] = {short_low(z.x), short_high(z.x), short_low(z.y), short_high(z.y)};
           KVTUNER_UNROLL
-          for (int i = 0; i < 2; ++i)
-            KVTUNER_UNROLL
+          for (int i = 0; i < 2; ++i) KVTUNER_UNROLL
           for (int j = 0; j < 4; ++j) sum[i][j] += zero[2 * i + j / 2] * total[j % 2];
         }
         KVTUNER_UNROLL
-        for (int i = 0; i < 2; ++i)
-          KVTUNER_UNROLL
+        for (int i = 0; i < 2; ++i) KVTUNER_UNROLL
         for (int j = 0; j < 4; ++j) to.out[2 * c + i][j] += scale[2 * i + j / 2] * sum[i][j];
       }
     }
