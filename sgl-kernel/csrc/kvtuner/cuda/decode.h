@@ -92,6 +92,8 @@ KVTUNER_DEVICE void attend_full_rows(const DecodeParameters& p, const Place& pla
 template <class F>
 KVTUNER_KERNEL(F::threads, F::blocks_per_sm)
 decode_kernel(const DecodeParameters p) {
+  static_assert(F::supported(), "this format is another kernel's");
+  static_assert(F::key_bytes % 16 == 0 && F::value_bytes % 16 == 0, "blocks are copied in 16-byte pieces");
   KVTUNER_SHARED(shared);
   const int part = block_index().x;
   const Place place(p, block_index().z, block_index().y, F::head_dim);

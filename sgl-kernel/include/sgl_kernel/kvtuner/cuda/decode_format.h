@@ -13,7 +13,7 @@ constexpr int kSharedMost = 99 << 10;  // shared memory of a block on sm_86, sm_
 constexpr int most(int a, int b) { return a > b ? a : b; }
 
 // Layer: `key` and `value`, BlockFormats of pages of 64 tokens; `bf16`, whether the model computes in bfloat16 (else
-// in float16). See supported().
+// in float16). Kernels are made of those that are supported().
 template <class Layer>
 struct DecodeFormat {
   static constexpr BlockFormat key = Layer::key, value = Layer::value;
@@ -54,20 +54,26 @@ struct DecodeFormat {
   static constexpr int warps = shared_bytes_of(4) <= kSharedMost ? 4 : shared_bytes_of(2) <= kSharedMost ? 2 : 1;
   static constexpr int threads = warps * kWarpLanes;
   static constexpr int shared_bytes = shared_bytes_of(warps);
-  // Blocks of an SM that registers must allow: more of them spill.
-  static constexpr int blocks_per_sm = warps < 4 ? 1 : head_dim > 128 ? 2 : 3;
+  // Blocks of an SM that registers must allow: as many as fit into the 227 KB of sm_90, but no more than are free of
+  // spills.
+  static constexpr int most_blocks = warps < 4 ? 1 : head_dim > 128 || value_scales_sums ? 2 : 3;
+  static constexpr int fitting_blocks = (227 << 10) / (shared_bytes + 1024);
+  static constexpr int blocks_per_sm = fitting_blocks < most_blocks ? fitting_blocks : most_blocks;
 
+  // Whether pages are fragments, and registers hold what a warp needs: larger heads leave less for parameters of many
+  // groups, and for float16 queries in two parts.
   static constexpr bool supported() {
-    const int key_group = key.axis == 0 ? 4 * KeyUnit::span : 32,
-              value_group = value.axis == 0 ? 32 : 4 * ValueUnit::span;
-    return key.page_size == kPageTokens && value.page_size == kPageTokens && value.head_dim == head_dim &&
-           head_dim % 32 == 0 && head_dim % KeyUnit::elements == 0 && head_dim <= 256 && key.token_lanes &&
-           !value.token_lanes && !value.hadamard && (!key_quantized || key.group_size % key_group == 0) &&
-           (!value_quantized || value.group_size % value_group == 0);
+    const int key_group = key.axis == 0 ? 4 * KeyUnit::span : 32;
+    const int value_group = value.axis == 0 ? 32 : 4 * ValueUnit::span;
+    const bool fragments = key.page_size == kPageTokens && value.page_size == kPageTokens && key.token_lanes &&
+                           !value.token_lanes && value.head_dim == head_dim && head_dim % 32 == 0 &&
+                           head_dim % KeyUnit::elements == 0 && !value.hadamard &&
+                           (!key_quantized || key.group_size % key_group == 0) &&
+                           (!value_quantized || value.group_size % value_group == 0);
+    const bool registers =
+        head_dim <= 128 || (head_dim <= 256 && key.groups() <= 4 && value.groups() <= 4 && (key_quantized || bf16));
+    return fragments && registers && shared_bytes <= kSharedMost;
   }
-  static_assert(supported(), "no tensor-core fragments in this format");
-  static_assert(key_bytes % 16 == 0 && value_bytes % 16 == 0, "blocks are copied in 16-byte pieces");
-  static_assert(shared_bytes <= kSharedMost, "a warp's pages do not fit");
 };
 
 }  // namespace kvtuner::cuda

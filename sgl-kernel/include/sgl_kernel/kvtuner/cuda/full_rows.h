@@ -25,7 +25,7 @@ struct FullRows {
 
   KVTUNER_DEVICE int count() const { return prefix_len < 0 ? 0 : sinks + prefix_len - packed_end + 1; }
 
-  // The row in all of a buffer like k_ring, or in the step's own rows.
+  // The row's start. From the last row on all are the step's own, so that tiles need no bounds.
   KVTUNER_DEVICE const uint16_t* at(int i, const uint16_t* sink_rows, const uint16_t* ring, const uint16_t* own,
                                     int64_t own_stride) const {
     const int position = packed_end + i - sinks;
@@ -60,20 +60,19 @@ struct RowProduct {
   // Rows from first on, of which those from `count` on are masked. shared: the warp's own.
   KVTUNER_DEVICE void add(const FullRows& rows, int first, int count, float scale_log2, uint8_t* shared, int lane,
                           Accumulator<F>& to) const {
-    const int g = lane / 4, t = lane % 4, last = count - 1;
+    const int g = lane / 4, t = lane % 4;
     uint8_t* tile = shared + F::weight_bytes;
     constexpr int pieces = dim / 8;
     KVTUNER_UNROLL
     for (int n = 0; n < kRowTile * pieces / kWarpLanes; ++n) {
       const int i = n * kWarpLanes + lane, row = i / pieces, piece = i % pieces;
-      const int from = first + row < last ? first + row : last;
-      copy_async16(tile + row * dim * 2 + (piece ^ (row & swizzle)) * 16, rows.value(from) + piece * 8);
+      copy_async16(tile + row * dim * 2 + (piece ^ (row & swizzle)) * 16, rows.value(first + row) + piece * 8);
     }
     copy_commit();
 
     float s[1][4] = {};
-    const uint16_t* low = rows.key(first + g < last ? first + g : last) + 8 * t;
-    const uint16_t* high = rows.key(first + g + 8 < last ? first + g + 8 : last) + 8 * t;
+    const uint16_t* low = rows.key(first + g) + 8 * t;
+    const uint16_t* high = rows.key(first + g + 8) + 8 * t;
     KVTUNER_UNROLL
     for (int u = 0; u < units; ++u) {
       const uint4 x = load16(low + 32 * u), y = load16(high + 32 * u);

@@ -10,6 +10,7 @@
 #define KVTUNER_KERNEL(threads, blocks) inline void
 #define KVTUNER_SHARED(name) uint8_t* const name = ::kvtuner::cuda::shared_memory()
 #define KVTUNER_UNROLL
+#define KVTUNER_UNROLL_BY(count)
 
 // nvcc knows these without a header.
 struct uint2 {

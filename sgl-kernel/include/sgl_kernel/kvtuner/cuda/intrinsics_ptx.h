@@ -9,6 +9,8 @@
 #define KVTUNER_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define KVTUNER_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
 #define KVTUNER_UNROLL _Pragma("unroll")
+#define KVTUNER_UNROLL_BY(count) _Pragma(KVTUNER_TEXT(unroll count))
+#define KVTUNER_TEXT(text) #text
 
 namespace kvtuner::cuda {
 
