@@ -31,8 +31,8 @@ def supported(layer, bf16):
         and not (key.quantized and key.group_size % key_group)
         and not (value.quantized and value.group_size % value_group)
     )
-    groups = max(half.parameter_shape[1 - half.axis] for half in (key, value))
-    return fragments and (dim <= 128 or (dim <= 256 and groups <= 4 and (key.quantized or bf16)))
+    parameters = sum(half.parameter_shape[1 - half.axis] * (1 + half.asym) for half in (key, value))
+    return fragments and (dim <= 128 or (dim <= 256 and parameters <= 12 and (key.quantized or bf16)))
 
 
 @dataclass(frozen=True)

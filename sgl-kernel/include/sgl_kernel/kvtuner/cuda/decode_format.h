@@ -62,7 +62,7 @@ struct DecodeFormat {
 
   // Whether pages are fragments, and registers hold what a warp needs: larger heads leave less for parameters of many
   // groups, and for float16 queries in two parts.
-  static constexpr bool supported() {
+  KVTUNER_HD static constexpr bool supported() {
     const int key_group = key.axis == 0 ? 4 * KeyUnit::span : 32;
     const int value_group = value.axis == 0 ? 32 : 4 * ValueUnit::span;
     const bool fragments = key.page_size == kPageTokens && value.page_size == kPageTokens && key.token_lanes &&
@@ -70,8 +70,8 @@ struct DecodeFormat {
                            head_dim % KeyUnit::elements == 0 && !value.hadamard &&
                            (!key_quantized || key.group_size % key_group == 0) &&
                            (!value_quantized || value.group_size % value_group == 0);
-    const bool registers =
-        head_dim <= 128 || (head_dim <= 256 && key.groups() <= 4 && value.groups() <= 4 && (key_quantized || bf16));
+    const int parameters = key.groups() * (1 + key.asym) + value.groups() * (1 + value.asym);
+    const bool registers = head_dim <= 128 || (head_dim <= 256 && parameters <= 12 && (key_quantized || bf16));
     return fragments && registers && shared_bytes <= kSharedMost;
   }
 };
