@@ -23,6 +23,12 @@ extern "C" {
 
 int parameter_bytes(int store) { return store ? sizeof(StoreParameters) : sizeof(DecodeParameters); }
 
+int decode_threads() { return Format::threads; }
+int decode_shared_bytes() { return Format::shared_bytes; }
+int merge_threads() { return kvtuner::cuda::kMergeThreads; }
+int store_threads() { return kvtuner::cuda::kPackThreads; }
+int store_shared_bytes() { return kvtuner::cuda::StoreFormat<Layer>::shared_bytes; }
+
 void run_decode(const DecodeParameters* p, unsigned tiles, unsigned requests) {
   using namespace kvtuner::cuda;
   launch<decode_kernel<Format>>({(unsigned)p->splits + 1, tiles, requests}, Format::threads, Format::shared_bytes, *p);

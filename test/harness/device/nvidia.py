@@ -39,13 +39,14 @@ def source_of(layer, bf16):
     return source
 
 
-def _compile(source, *flags):
-    return run(compiler(), "-std=c++17", f"-I{KERNELS}", f"-I{KERNELS / 'include'}", *flags, source)
+def _compile(source, *flags, kernels=KERNELS):
+    return run(compiler(), "-std=c++17", f"-I{kernels}", f"-I{kernels / 'include'}", *flags, source)
 
 
-def ptx_of(layer, bf16, architecture="sm_89"):
+def ptx_of(layer, bf16, architecture="sm_89", kernels=KERNELS):
+    """kernels: a folder like sgl-kernel, for tests that change sources."""
     source = source_of(layer, bf16)
-    _compile(source, f"-arch={architecture}", "-ptx", "-o", source.with_suffix(".ptx"))
+    _compile(source, f"-arch={architecture}", "-ptx", "-o", source.with_suffix(".ptx"), kernels=kernels)
     return source.with_suffix(".ptx").read_text()
 
 
