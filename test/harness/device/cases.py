@@ -32,7 +32,8 @@ def supported(layer, bf16):
         and not (value.quantized and value.group_size % value_group)
     )
     parameters = sum(half.parameter_shape[1 - half.axis] * (1 + half.asym) for half in (key, value))
-    return fragments and (dim <= 128 or (dim <= 256 and parameters <= 12 and (key.quantized or bf16)))
+    beside = 4 if key.hadamard or not key.quantized else 0
+    return fragments and (dim <= 128 or (dim <= 256 and parameters + beside <= 12 and (key.quantized or bf16)))
 
 
 @dataclass(frozen=True)

@@ -70,3 +70,27 @@ def resources(layer, bf16, architectures=ARCHITECTURES):
         elif used := re.search(r"Used (\d+) registers", line):
             found[kernel][0] = max(found[kernel][0], int(used[1]))
     return {kernel: tuple(numbers) for kernel, numbers in found.items()}
+
+
+def page_loop(layer, bf16, architecture, products):
+    """Instructions of the loop over pages in the decode kernel, the rarely taken ones too.
+
+    products: of matrices that a page needs, by which the loop is told from others. Skips without Triton's tools.
+    """
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("Triton has no cuobjdump")
+    source = source_of(layer, bf16)
+    cubin = source.with_suffix(".cubin")
+    _compile(source, f"-arch={architecture}", "-cubin", "-o", cubin)
+    (decode,) = (part for part in run(tool, "-sass", cubin).split("Function : ") if "decode_kernel" in part[:99])
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", decode)]
+    loops = []
+    for at, text in code:
+        target = re.search(r"BRA\S*.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            body = [inside for where, inside in code if int(target[1], 16) <= where <= at]
+            if sum("HMMA" in inside for inside in body) >= products:
+                loops.append(body)
+    return min(loops, key=len)

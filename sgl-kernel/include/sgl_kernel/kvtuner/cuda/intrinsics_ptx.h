@@ -1,5 +1,7 @@
-// The instructions of intrinsics.h for nvcc.
+// The instructions of intrinsics.h for nvcc; nothing for other compilers.
 #pragma once
+
+#ifdef __CUDACC__
 
 #include <cstdint>
 
@@ -133,3 +135,5 @@ KVTUNER_DEVICE void atomic_add(int64_t* p, int x) { atomicAdd((unsigned long lon
 KVTUNER_DEVICE void device_fence() { __threadfence(); }
 
 }  // namespace kvtuner::cuda
+
+#endif
