@@ -72,15 +72,8 @@ def test_padded_requests_have_zeros():
     k, v = model.rows(2)[:, 0].unbind(1)
     out = model.kernels.attend(0, plan, model.random(2, 4, 64).to(torch.float16), k, v, 0.125)
     assert out[0].isfinite().all() and (out[1] == 0).all()
-    before = model.storage.layers[0].key.ring[0].clone()
     model.kernels.store(0, plan, k, v)
-    assert (
-        torch.equal(
-            model.storage.layers[0].key.ring[0],
-            before,
-        )
-        or before.isnan().all()
-    )
+    assert model.storage.layers[0].key.ring[0].isnan().all(), "the padded row went into slot 0's ring"
 
 
 def test_the_portable_fibers_do_the_same():
