@@ -57,7 +57,7 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	git ls-files 'sgl-kernel/*.h' 'sgl-kernel/*.cpp' 'sgl-kernel/*.cuh' 'sgl-kernel/*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	git ls-files 'sgl-kernel/*.h' 'sgl-kernel/*.cpp' 'sgl-kernel/*.cuh' 'sgl-kernel/*.cu' 'test/harness/device/*.h' 'test/harness/device/*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 test: lint
 	$(RUN) -m pytest -ra $(PYTEST_ARGS)

@@ -1,0 +1,43 @@
+"""A test of the tests of the CUDA kernels: faults planted in their sources are found."""
+
+import re
+
+import pytest
+import torch
+
+from harness.device.build import build_library, open_library
+from harness.device.cases import Case, layer_of
+from harness.device.faults import FAULTS
+from harness.device.steps import TOLERANCE, cache_of, decode
+
+CASE = Case(layer_of((4, True, 0, 32), (4, True, 0, 64), 64, sinks=4), torch.float16, 4, 1, 64, {})
+LENGTHS = (958, 63, 319, 2)  # pages of every warp are refilled; first pages are packed with their sinks
+
+
+def finding(library, **machine):
+    """What is wrong, or None."""
+    model = cache_of(CASE, LENGTHS, library=library, **machine)
+    try:
+        error = decode(model, check=False)
+    except AssertionError as e:
+        return str(e)
+    if not error <= TOLERANCE:
+        return f"error {error}"
+    try:
+        model.check()
+    except AssertionError:
+        return "bytes"
+    return None
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault_is_found(tmp_path, fault):
+    library = open_library(build_library(CASE.layer, False, kernels=fault.plant(tmp_path)))
+    found = finding(library, **dict(fault.machine))
+    assert found and re.search(fault.found_by, found), found
+
+
+def test_nothing_is_found_without_a_fault():
+    library = open_library(build_library(CASE.layer, False))
+    for machine in {fault.machine for fault in FAULTS}:
+        assert finding(library, **dict(machine)) is None
