@@ -16,6 +16,8 @@ from harness.fake_quant import Recipe, window_logprobs
 from harness.text import prose_tokens, windows
 from harness.upstream import unpack_upstream
 
+pytestmark = pytest.mark.server
+
 FLOAT32 = ("--dtype", "float32", "--sleep-on-idle")
 CHUNK = 128
 KV8 = Recipe(8, 8)

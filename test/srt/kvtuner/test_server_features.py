@@ -13,6 +13,8 @@ import pytest
 import harness
 from sglang.version import __version__
 
+pytestmark = pytest.mark.server
+
 PAGE = 64
 LAYERS = 4
 RESIDUAL = 64

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+pytestmark = pytest.mark.server
+
 REQUESTS = 16
 # A cap on tokens that no budget here reaches: the memory fraction decides.
 BY_MEMORY = ("--max-total-tokens", "100000000", "--mem-fraction-static", "0.2", "--max-running-requests", str(REQUESTS))
