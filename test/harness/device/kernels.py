@@ -20,8 +20,8 @@ class DeviceKernels(Kernels):
 
     name = "CUDA kernels on the host machine"
 
-    def __init__(self, storage, *, splits=1, merge_apart=False, library=None, **options):
-        super().__init__(storage)
+    def __init__(self, storage, workload=None, *, splits=1, merge_apart=False, library=None, **options):
+        super().__init__(storage, workload)
         self.splits, self.merge_apart, self._library = splits, merge_apart, library
         self._options = Options(**{"late_copies": 1, **options})
         self.bf16 = storage.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ TOLERANCE = 4e-3
 def cache_of(case, lengths=LENGTHS, **options):
     """A request of each length in slots 1, 2, …, filled by the reference."""
     model = CacheModel(
-        lambda storage: DeviceKernels(storage, **{**case.machine, **options}),
+        lambda storage, workload: DeviceKernels(storage, workload, **{**case.machine, **options}),
         (case.layer,),
         heads=case.group * case.kv_heads,
         kv_heads=case.kv_heads,
