@@ -63,7 +63,7 @@ class Served:
 
 @contextmanager
 def graph_processes():
-    """Yields a function that runs a Serving in a process of its own and returns Served, or raises ShadowMismatch.
+    """Yields a function that runs a Serving in a process of its own; its Future returns Served, or raises ShadowMismatch.
 
     By default Triton serves with graphs, and every step is compared with the torch reference's; with ``reference=True`` the torch
     reference serves, without graphs.

@@ -1,6 +1,7 @@
 """Processes for tests that need one of their own, forked from one that has imported what they need.
 
-That one is spawned, for a process that has used threads must not fork.
+That one is spawned, for a process that has used threads must not fork. There is one for every core, and tests of a module start
+together: what they wait for has one thread.
 """
 
 import faulthandler
@@ -21,7 +22,7 @@ LIMIT_SECONDS = 300  # for a process that hangs; what runs in one takes seconds
 
 @contextmanager
 def forked_processes(module, changes):
-    """Yields a function that calls another one, with arguments, in a process of its own, and returns or raises what it does.
+    """Yields a function that calls another one, with arguments, in a process of its own, and returns a Future of what it does.
 
     module: what to import beforehand, by name. changes: of the environment, from before anything is imported.
     """
@@ -31,9 +32,19 @@ def forked_processes(module, changes):
         environment = launcher.server_environment(("--device", "cpu"), extra=changes)
         with (
             mock.patch.dict(os.environ, environment, clear=True),
-            ProcessPoolExecutor(1, spawn, _load, (module,)) as pool,
+            ProcessPoolExecutor(os.cpu_count(), spawn, _load, (module,)) as pool,
         ):
-            yield lambda function, *args: pool.submit(_fork, function, *args).result()
+            yield lambda function, *args: pool.submit(_fork, function, *args)
+
+
+def start_all(request, start, runs_of):
+    """Start what the chosen tests of a module will wait for; returns Futures by the name of the test.
+
+    request: of a module's fixture. start: takes the arguments of a run and returns a Future. runs_of: takes a test (pytest.Item)
+    and returns the arguments of its runs.
+    """
+    tests = [item for item in request.session.items if item.path == request.path]
+    return {test.name: [start(*run) for run in runs_of(test)] for test in tests}
 
 
 def _load(module):

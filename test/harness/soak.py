@@ -48,7 +48,7 @@ class Scenario:
 
 @contextmanager
 def soak_processes():
-    """Yields a function that runs a Scenario in a process of its own and returns or raises as soak_scheduler.soak does."""
+    """Yields a function that runs a Scenario in a process of its own; its Future returns or raises as soak_scheduler.soak."""
     checkpoint = soak_checkpoint()
     # Requests are admitted as if they asked for few tokens, so that the pool gets full while they run. Upstream ends with
     # "Prefill out of memory" where it is full when a long prompt's next chunk comes: choose another seed then.

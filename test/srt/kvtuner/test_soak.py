@@ -6,6 +6,7 @@ import pytest
 
 from harness import soak_faults
 from harness.data import ROOT
+from harness.processes import start_all
 from harness.soak import Scenario, soak_processes
 from harness.soak_checker import SoakMismatch
 from sglang.kernels.ops.attention.kvtuner import cpu as cpu_ops
@@ -75,13 +76,6 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def run():
-    """Runs a scenario."""
-    with soak_processes() as run:
-        yield run
-
-
-@pytest.fixture(scope="module")
 def compiled():
     """Why there are no C++ kernels here, or None. They are built before the clock of a soak runs."""
     try:
@@ -91,12 +85,34 @@ def compiled():
     return None
 
 
+@pytest.fixture(scope="module")
+def started(request, compiled):
+    with soak_processes() as start:
+        yield start_all(request, start, lambda test: scenarios_of(test, compiled is None))
+
+
+@pytest.fixture
+def soak(started, request):
+    """The Future of the test's soak."""
+    return started[request.node.name][0]
+
+
+def scenarios_of(test, compiled):
+    params = test.callspec.params if hasattr(test, "callspec") else {}
+    if "seed" in params:
+        fault, _ = FAULTS[params["name"]]
+        options = (*cache(64, 4, 4, sinks=4), *FULL, *MIXED)
+        return [(Scenario(options, longest_prompt=FULL_PROMPT, fault=fault, seed=params["seed"]),)]
+    scenario = SCENARIOS.get(params.get("name"))
+    return [(scenario,)] if scenario and (compiled or scenario.kernels == "reference") else []
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_prior_token_reads_as_it_was_computed(run, compiled, name):
+def test_every_prior_token_reads_as_it_was_computed(request, compiled, name):
     scenario = SCENARIOS[name]
     if compiled is not None and scenario.kernels != "reference":
         pytest.skip(compiled)
-    tokens, events, kernels = run(scenario)
+    tokens, events, kernels = request.getfixturevalue("soak").result()
     print(f"{kernels}: {tokens.total()} tokens compared, {dict(tokens)}; {dict(events)}")
     assert (kernels == "torch reference") == (scenario.kernels == "reference")
     assert tokens.total() >= scenario.tokens
@@ -113,9 +129,8 @@ def test_scenarios_compare_enough():
 
 @pytest.mark.parametrize("seed", (1, 2))
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_found(run, name, seed):
-    fault, message = FAULTS[name]
-    options = (*cache(64, 4, 4, sinks=4), *FULL, *MIXED)
+def test_planted_fault_is_found(soak, name, seed):
+    _, message = FAULTS[name]
     with pytest.raises(SoakMismatch, match=message) as found:
-        run(Scenario(options, longest_prompt=FULL_PROMPT, fault=fault, seed=seed))
+        soak.result()
     print(found.value)
