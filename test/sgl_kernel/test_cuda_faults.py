@@ -1,11 +1,13 @@
 """A test of the tests of the CUDA kernels: faults planted in their sources are found."""
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from harness.device.build import build_library, open_library
+from harness.device.build import build_library, machine_objects, open_library
 from harness.device.cases import Case, layer_of
 from harness.device.faults import FAULTS
 from harness.device.steps import TOLERANCE, cache_of, decode
@@ -30,9 +32,22 @@ def finding(library, **machine):
     return None
 
 
+@pytest.fixture(scope="module")
+def libraries(request, tmp_path_factory):
+    """Futures of the builds with a fault, by its name; the compiler has one thread, so there is a build for every core."""
+    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    machine_objects(False)
+
+    def build(fault):
+        return build_library(CASE.layer, False, kernels=fault.plant(tmp_path_factory.mktemp("fault")))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(fault := test.callspec.params["fault"]).name: pool.submit(build, fault) for test in tests}
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_fault_is_found(tmp_path, fault):
-    library = open_library(build_library(CASE.layer, False, kernels=fault.plant(tmp_path)))
+def test_fault_is_found(libraries, fault):
+    library = open_library(libraries[fault.name].result())
     found = finding(library, **dict(fault.machine))
     assert found and re.search(fault.found_by, found), found
 

@@ -1,8 +1,10 @@
 """Builds the CUDA kernels of one layer format for the host machine, as a library that Python calls."""
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -95,6 +97,18 @@ def build_library(layer, bf16, *, kernels=KERNELS, portable_fibers=False):
 @functools.cache
 def load_library(layer, bf16, portable_fibers=False):
     return open_library(build_library(layer, bf16, portable_fibers=portable_fibers))
+
+
+def load_all(layers):
+    """Have the libraries of these (layer, bf16), built on all cores at once."""
+
+    def load(layer):
+        with contextlib.suppress(BuildError):  # the test that needs it says so
+            load_library(*layer)
+
+    machine_objects(False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(load, dict.fromkeys(layers)))
 
 
 def open_library(path):

@@ -55,7 +55,13 @@ def resources(layer, bf16, architectures=ARCHITECTURES):
     source = source_of(layer, bf16)
     codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in architectures]
     log = _compile(
-        source, *codes, "-cubin" if len(codes) == 1 else "-fatbin", "-Xptxas=-v", "-o", source.with_suffix(".out")
+        source,
+        *codes,
+        "-cubin" if len(codes) == 1 else "-fatbin",
+        "--threads=0",
+        "-Xptxas=-v",
+        "-o",
+        source.with_suffix(".out"),
     )
     found = {}
     kernel = None
