@@ -5,8 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.kvtuner.config.compatibility import ATTENTION_BACKEND, ATTENTION_BACKEND_FIELDS
-from sglang.srt.kvtuner.config.flags import FLAGS, SWITCH, KVTunerConfig, KVTunerConfigError, shown
+from sglang.srt.kvtuner.config.flags import (
+    ATTENTION_BACKEND,
+    ATTENTION_BACKEND_FIELDS,
+    FLAGS,
+    SWITCH,
+    KVTunerConfig,
+    KVTunerConfigError,
+    shown,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.kvtuner.config.cache_format import CacheFormat

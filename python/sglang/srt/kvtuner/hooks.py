@@ -111,7 +111,7 @@ def build_pool(kvc: KVCacheConfigurator, sizes: Any, req_to_token_pool: ReqToTok
     from sglang.srt.kvtuner.attention.backend import KVTunerAttnBackend
     from sglang.srt.kvtuner.cache.pool import KVTunerTokenToKVPool
     from sglang.srt.kvtuner.cache.sizing import cache_format_of, local_kv_heads, published_config
-    from sglang.srt.kvtuner.config.compatibility import ATTENTION_BACKEND
+    from sglang.srt.kvtuner.config.flags import ATTENTION_BACKEND
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     register_attention_backend(ATTENTION_BACKEND)(KVTunerAttnBackend)

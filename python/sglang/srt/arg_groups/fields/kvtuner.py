@@ -6,8 +6,7 @@ import msgspec
 
 from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.arg_groups.choices import add_attention_backend_choices
-from sglang.srt.kvtuner.config.compatibility import ATTENTION_BACKEND
-from sglang.srt.kvtuner.config.flags import FLAGS, SWITCH, Flag
+from sglang.srt.kvtuner.config.flags import ATTENTION_BACKEND, FLAGS, SWITCH, Flag
 
 
 def _metadata(flag: Flag) -> Arg:

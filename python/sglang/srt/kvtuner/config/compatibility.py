@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.kvtuner.config.flags import KVTunerConfigError, shown
+from sglang.srt.kvtuner.config.flags import ATTENTION_BACKEND, KVTunerConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,7 @@ class RefusedFeature:
 
 
 _OFF_OR_ONE = (None, 1)
-# In upstream's registry and among the choices of its flags.
-ATTENTION_BACKEND = "kvtuner"
 _OWN_ATTENTION = (None, ATTENTION_BACKEND)
-ATTENTION_BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 REFUSED_FEATURES = (
     RefusedFeature("kv_cache_dtype", "--kv-cache-dtype", ("auto",)),

@@ -16,6 +16,9 @@ from typing import Any, get_type_hints
 
 from sglang.srt.kvtuner.format.quantizer import PER_CHANNEL, STORED_BITS
 
+# The attention backend in upstream's registry, and the fields of upstream's flags that may name it.
+ATTENTION_BACKEND = "kvtuner"
+ATTENTION_BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 # Tokens of a page where --page-size is not given.
 DEFAULT_PAGE_SIZE = 64
 # Far above every useful value, and small enough for what is computed from it.
