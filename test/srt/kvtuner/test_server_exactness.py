@@ -6,6 +6,7 @@ One flag-off server gives what everything is compared with; see ``flag_off``.
 import math
 import os
 from collections import defaultdict
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -155,11 +156,40 @@ def test_window_larger_than_every_sequence_equals_flag_off(smollm2_checkpoint, f
     assert {f"{OURS}.cache.pool", f"{OURS}.attention.backend"} <= imports.of_the_scheduler()
 
 
-@pytest.mark.parametrize("recipe, limit", RECIPES.values(), ids=RECIPES)
-def test_perplexity_of_the_served_cache(smollm2_checkpoint, texts, flag_off, launch_server, recipe, limit):
-    flags = (*recipe.flags(), "--kvtuner-residual-length", "0", "--chunked-prefill-size", str(CHUNK))
-    with launch_server(smollm2_checkpoint, *FLOAT32, *flags, wait=False) as server:
-        # The server takes most of a minute to start, on one core.
+@pytest.fixture(scope="module")
+def server_of(request, flag_off, smollm2_checkpoint, tmp_path_factory):
+    """Called with a recipe's name, a context with its server, which may still start. The next test's server starts meanwhile: that
+    takes most of a minute, on one core."""
+    names = [item.callspec.id for item in request.session.items if "server_of" in item.fixturenames]
+    started = {}
+
+    def start(name):
+        recipe, _ = RECIPES[name]
+        flags = (*recipe.flags(), "--kvtuner-residual-length", "0", "--chunked-prefill-size", str(CHUNK))
+        log = tmp_path_factory.mktemp("server") / "server.log"
+        stack = ExitStack()
+        server = harness.launch_server(smollm2_checkpoint, *FLOAT32, *flags, log_path=log, wait=False)
+        return stack, stack.enter_context(server)
+
+    @contextmanager
+    def server_of(name):
+        first = names.index(name)
+        for each in names[first : first + 2]:
+            if each not in started:
+                started[each] = start(each)
+        stack, server = started[name]
+        with stack:
+            yield server
+
+    yield server_of
+    for stack, _ in started.values():
+        stack.close()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_perplexity_of_the_served_cache(smollm2_checkpoint, texts, flag_off, server_of, name):
+    recipe, limit = RECIPES[name]
+    with server_of(name) as server:
         simulated = window_logprobs(smollm2_checkpoint, texts, recipe, CHUNK).flatten().double()
         server.wait_until_healthy()
         served = token_logprobs(server, texts)
