@@ -37,6 +37,7 @@ def handle_kvtuner(server_args: Any) -> None:
 
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
     from sglang.srt.kvtuner.attention.dispatch import requested_kernels
+    from sglang.srt.kvtuner.attention.prefill_libraries import requested_prefill
     from sglang.srt.kvtuner.config import compatibility, limits
     from sglang.srt.kvtuner.config.cache_format import build_cache_format
     from sglang.srt.kvtuner.config.preset_header import warn_of_mismatch
@@ -45,8 +46,8 @@ def handle_kvtuner(server_args: Any) -> None:
     config = KVTunerConfig.from_args(server_args)
     compatibility.refuse_unsupported_device(view.device)
     compatibility.refuse_unsupported_instruction_set(view.device)
-    compatibility.refuse_unsupported_prefill(view.device)
     requested_kernels(view.device)
+    requested_prefill(view.device)
     # Against the raw record: a default that resolution filled in is no request of the user's.
     compatibility.refuse_unsupported_features(server_args)
     page_size = limits.page_size_of(server_args.page_size)
@@ -72,32 +73,38 @@ def handle_kvtuner(server_args: Any) -> None:
 def _settle_cuda_graphs(server_args: Any, view: Any, cache_format: CacheFormat) -> dict[str, Any]:
     """The graphs' configuration where it cannot stay as it is; a request of the user's that cannot be met is refused."""
     from sglang.srt.kvtuner.attention.dispatch import why_no_decode_graphs
+    from sglang.srt.kvtuner.config.compatibility import kind_of
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     graphs = view.cuda_graph_config
     if graphs.prefill.backend == Backend.FULL:
         raise KVTunerConfigError(
-            "--cuda-graph-backend-prefill, or the backend of prefill in --cuda-graph-config, is 'full', which "
-            "--enable-kvtuner-quant does not support; valid are breakable, disabled"
+            f"{_graphs_of(Phase.PREFILL, graphs)}, which --enable-kvtuner-quant does not support; valid are breakable, disabled"
         )
-    if not str(view.device).startswith("cuda") or graphs.decode.backend == Backend.DISABLED:
+    if kind_of(view.device) != "cuda" or graphs.decode.backend == Backend.DISABLED:
         return {}
     if graphs.decode.backend == Backend.BREAKABLE:
         # Its buffers for what a graph returns take tensors and tuples; a decode step returns logits in an object of their own.
         raise KVTunerConfigError(
-            "--cuda-graph-backend-decode, or the backend of decode in --cuda-graph-config, is 'breakable', which this version of "
-            "SGLang cannot capture for any attention backend; valid are full, disabled"
+            f"{_graphs_of(Phase.DECODE, graphs)}, which this version of SGLang cannot capture for any attention backend; valid are "
+            "full, disabled"
         )
     reason = why_no_decode_graphs(view.device, cache_format.layers)
     if reason is None:
         return {}
     if (Phase.DECODE, "backend") in server_args._cuda_graph_config_locked:
         raise KVTunerConfigError(
-            "--cuda-graph-backend-decode, or the backend of decode in --cuda-graph-config, is "
-            f"{graphs.decode.backend!r}, but CUDA graphs cannot capture the kernels of this cache ({reason}); valid is disabled"
+            f"{_graphs_of(Phase.DECODE, graphs)}, but CUDA graphs cannot capture the kernels of this cache ({reason}); valid is "
+            "disabled"
         )
     logger.warning("CUDA graphs of decode steps are off: they cannot capture the kernels of this cache (%s)", reason)
     return {"cuda_graph_config": with_phase(graphs, Phase.DECODE, backend=Backend.DISABLED)}
+
+
+def _graphs_of(phase: str, graphs: Any) -> str:
+    """The flags that can have said what the graphs of a phase are, and what they are."""
+    backend = getattr(graphs, phase).backend
+    return f"--cuda-graph-backend-{phase}, or the backend of {phase} in --cuda-graph-config, is {backend!r}"
 
 
 def _refuse_windows_beyond_memory(cache_format: CacheFormat, view: Any, model_config: Any) -> None:

@@ -75,9 +75,9 @@ def _setup_with_kernels(server_args: ServerArgs) -> Announcement:
     from sglang.srt.kvtuner.attention.dispatch import choose_kernels
     from sglang.srt.kvtuner.config.common_settings import resolved_cache_format, setup_of
 
-    setup = setup_of(server_args)
-    layers = resolved_cache_format(server_args).layers
-    kernels, reasons = choose_kernels(server_args.resolved_dict()["device"], layers)
+    cache_format = resolved_cache_format(server_args)
+    setup = setup_of(server_args, cache_format)
+    kernels, reasons = choose_kernels(server_args.resolved_dict()["device"], cache_format.layers)
     return replace(
         setup,
         values={**setup.values, "kernels": kernels.identity()},

@@ -13,11 +13,16 @@ from harness.cache_model import CacheModel, naive_attention
 from harness.formats import mixed_layers
 from sglang.srt.kvtuner.attention import prefill_libraries
 from sglang.srt.kvtuner.attention.base import Workload
-from sglang.srt.kvtuner.attention.prefill_libraries import LIBRARIES, VARIABLE, choose_library
+from sglang.srt.kvtuner.attention.prefill_libraries import (
+    LIBRARIES,
+    VARIABLE,
+    choose_library,
+    requested_prefill,
+    valid_prefills,
+)
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.attention.triton import TritonKernels, interpreted
 from sglang.srt.kvtuner.attention.triton_extend import Workspace
-from sglang.srt.kvtuner.config.compatibility import PREFILLS, refuse_unsupported_prefill
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 
 WORKLOAD = Workload(32, 8, 128, page_size=64, dtype=torch.bfloat16, most_pages=100)
@@ -129,11 +134,11 @@ def test_a_library_that_does_not_import_is_refused(libraries, monkeypatch):
 
 
 def test_the_variable_is_checked_at_start(monkeypatch):
-    assert PREFILLS["cuda"] == ("auto", "triton", *LIBRARIES)
+    assert valid_prefills("cuda") == ("auto", "triton", *LIBRARIES)
     monkeypatch.setenv(VARIABLE, "fa3")
-    refuse_unsupported_prefill("cuda")
+    requested_prefill("cuda")
     with pytest.raises(KVTunerConfigError, match="SGLANG_KVTUNER_PREFILL is 'fa3'; valid are auto, triton"):
-        refuse_unsupported_prefill("cpu")
+        requested_prefill("cpu")
 
 
 def test_what_libraries_take_is_counted(libraries):

@@ -26,7 +26,7 @@ def model(tmp_path):
 def setup(model_path, **fields):
     args = server_args(model_path, **fields)
     args.resolve_once()
-    return common_settings.setup_of(args)
+    return common_settings.setup_of(args, common_settings.resolved_cache_format(args))
 
 
 def changed(model, **fields):

@@ -70,7 +70,7 @@ class KVTunerAttnBackend(AttentionBackend):
                 f"CUDA graphs cannot capture the {self._kernels.name}, which serves the quantized KV cache here (the log says "
                 "why); start with --cuda-graph-backend-decode disabled"
             )
-        self._planner.allocate(max(max_bs, self._planner.max_rows))
+        self._planner.allocate(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """A padded row has its own token and nothing before it."""

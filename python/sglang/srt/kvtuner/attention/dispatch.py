@@ -13,6 +13,7 @@ from sglang.srt.kvtuner.attention.base import Kernels, KernelsUnavailable, Workl
 from sglang.srt.kvtuner.attention.reference import ReferenceKernels
 from sglang.srt.kvtuner.cache.storage import CacheStorage
 from sglang.srt.kvtuner.config.compatibility import KERNELS_VARIABLE as VARIABLE
+from sglang.srt.kvtuner.config.compatibility import kind_of
 from sglang.srt.kvtuner.config.flags import KVTunerConfigError, shown
 from sglang.srt.kvtuner.format.formats import LayerFormat
 
@@ -41,7 +42,7 @@ def requested_kernels(device: str) -> str:
     On a CPU ``triton`` is valid as well, for tests, where TRITON_INTERPRET=1 makes Triton interpret its kernels. Raises
     KVTunerConfigError for other values.
     """
-    kind, wanted = _kind(device), os.environ.get(VARIABLE, AUTO)
+    kind, wanted = kind_of(device), os.environ.get(VARIABLE, AUTO)
     if (kind, wanted) == ("cpu", "triton"):
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise KVTunerConfigError(
@@ -60,7 +61,7 @@ def choose_kernels(device: str, formats: Sequence[LayerFormat], *, prepare: bool
     A process chooses once: what ranks agreed on, what memory was counted for and what serves is one choice. Raises
     KVTunerConfigError as :func:`requested_kernels`, and where kernels that were asked for by name cannot serve.
     """
-    return _choose(_kind(device), requested_kernels(device), tuple(dict.fromkeys(formats)), prepare)
+    return _choose(kind_of(device), requested_kernels(device), tuple(dict.fromkeys(formats)), prepare)
 
 
 @cache
@@ -106,7 +107,3 @@ def make_kernels(storage: CacheStorage, formats: Sequence[LayerFormat], workload
     else:
         logger.info("Attention over the quantized KV cache: %s", kernels.name)
     return kernels
-
-
-def _kind(device: str) -> str:
-    return str(device).partition(":")[0]

@@ -23,8 +23,10 @@ import torch
 from sglang.srt.kvtuner.attention.base import Workload
 from sglang.srt.kvtuner.attention.steps import StepPlan
 from sglang.srt.kvtuner.cache.kernel_memory import KernelMemory
-from sglang.srt.kvtuner.config.compatibility import PREFILL_VARIABLE as VARIABLE
-from sglang.srt.kvtuner.config.flags import KVTunerConfigError
+from sglang.srt.kvtuner.config.compatibility import kind_of
+from sglang.srt.kvtuner.config.flags import KVTunerConfigError, shown
+
+VARIABLE = "SGLANG_KVTUNER_PREFILL"
 
 # What FlashInfer recommends for its partial results; it allocates the second for plans itself.
 _FLASHINFER_BYTES, _FLASHINFER_PLAN_BYTES = 128 << 20, 8 << 20
@@ -161,8 +163,22 @@ class FlashAttention3Prefill(PrefillLibrary):
             out.copy_(result)
 
 
-# By the names that the variable has for them.
+# What the variable calls upstream's Triton kernel, and the libraries.
+_TRITON = ("auto", "triton")
 LIBRARIES: dict[str, type[PrefillLibrary]] = {"flashinfer": FlashInferPrefill, "fa3": FlashAttention3Prefill}
+
+
+def valid_prefills(device: str) -> tuple[str, ...]:
+    """What the variable may say on ``device``."""
+    return (*_TRITON, *(LIBRARIES if kind_of(device) == "cuda" else ()))
+
+
+def requested_prefill(device: str) -> str:
+    """What the variable says. Raises KVTunerConfigError for what the device does not have."""
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted not in valid_prefills(device):
+        raise KVTunerConfigError(f"{VARIABLE} is {shown(wanted)}; valid are {', '.join(valid_prefills(device))}")
+    return wanted
 
 
 def choose_library(workload: Workload) -> type[PrefillLibrary] | None:
@@ -170,11 +186,9 @@ def choose_library(workload: Workload) -> type[PrefillLibrary] | None:
 
     Raises KVTunerConfigError for other values, and for a library that does not serve this GPU or model or does not import.
     """
-    wanted = os.environ.get(VARIABLE, "auto")
-    if wanted in ("auto", "triton"):
+    wanted = requested_prefill("cuda")
+    if wanted in _TRITON:
         return None
-    if wanted not in LIBRARIES:
-        raise KVTunerConfigError(f"{VARIABLE} is {wanted!r}; valid are auto, triton, {', '.join(LIBRARIES)}")
     library = LIBRARIES[wanted]
     capability = _capability()
     head_dim = workload.head_dim

@@ -70,8 +70,8 @@ OWN_CODE = (
 LONGEST_VALUE = 60
 
 
-def setup_of(server_args: ServerArgs) -> Announcement:
-    """All of it, from resolved arguments, before the model is loaded: weights where the model is a local folder or file."""
+def setup_of(server_args: ServerArgs, cache_format: CacheFormat) -> Announcement:
+    """All of it, from the cache format and resolved arguments, before the model is loaded: weights where the model is a local folder or file."""
     from sglang.srt.arg_groups.overrides import model_config_of
 
     model_config = model_config_of(server_args)
@@ -81,7 +81,7 @@ def setup_of(server_args: ServerArgs) -> Announcement:
     if settings["load_format"] != "dummy":
         files["model weights"] = model_digest.weight_files(model_config.model_path)
     return Announcement.of(
-        resolved_cache_format(server_args),
+        cache_format,
         values=values,
         files={kind: found for kind, found in files.items() if found},
     )

@@ -82,9 +82,6 @@ REFUSED_FEATURES = (
 SUPPORTED_DEVICES = ("cpu", "cuda")
 
 KERNELS_VARIABLE = "SGLANG_KVTUNER_KERNELS"
-PREFILL_VARIABLE = "SGLANG_KVTUNER_PREFILL"
-# By device; those of attention/prefill_libraries.py, which knows more of them.
-PREFILLS = {"cpu": ("auto", "triton"), "cuda": ("auto", "triton", "flashinfer", "fa3")}
 INSTRUCTION_SET_VARIABLE = "SGLANG_KVTUNER_CPU_ISA"
 # What Linux calls the processor's features that a body of the C++ kernels is compiled for.
 INSTRUCTION_SETS = {
@@ -111,19 +108,17 @@ def refuse_unsupported_features(requested: Any) -> None:
             )
 
 
+def kind_of(device: str) -> str:
+    """``cuda`` of ``cuda:0``."""
+    return str(device).partition(":")[0]
+
+
 def refuse_unsupported_device(device: str) -> None:
     """Raise KVTunerConfigError for a device without an implementation of the quantized cache."""
-    if str(device).split(":", 1)[0] not in SUPPORTED_DEVICES:
+    if kind_of(device) not in SUPPORTED_DEVICES:
         raise KVTunerConfigError(
             f"--device is {device!r}; --enable-kvtuner-quant supports {' and '.join(SUPPORTED_DEVICES)}"
         )
-
-
-def refuse_unsupported_prefill(device: str) -> None:
-    """Raise KVTunerConfigError for a variable that asks for a prefill attention that the device does not have."""
-    prefill, valid = os.environ.get(PREFILL_VARIABLE, "auto"), PREFILLS[device.split(":", 1)[0]]
-    if prefill not in valid:
-        raise KVTunerConfigError(f"{PREFILL_VARIABLE} is {shown(prefill)}; valid are {', '.join(valid)}")
 
 
 def refuse_unsupported_instruction_set(device: str) -> None:
@@ -132,7 +127,7 @@ def refuse_unsupported_instruction_set(device: str) -> None:
     The kernels ask again when they are loaded; this is before the model is.
     """
     wanted = os.environ.get(INSTRUCTION_SET_VARIABLE, "")
-    if not wanted or os.environ.get(KERNELS_VARIABLE) == "reference" or device.split(":", 1)[0] != "cpu":
+    if not wanted or os.environ.get(KERNELS_VARIABLE) == "reference" or kind_of(device) != "cpu":
         return
     if wanted not in INSTRUCTION_SETS:
         raise KVTunerConfigError(
