@@ -71,6 +71,13 @@ class CacheModel:
         # Channels differ in size and offset, as keys do.
         self.size, self.offset = torch.rand(2, kv_heads, self.head_dim, generator=self._generator) * 2
 
+    def begin_all(self, lengths):
+        """A request of each length in slots 1, 2, …"""
+        for slot, length in enumerate(lengths, start=1):
+            self.begin(slot)
+            if length:
+                self.step((slot, length), attend=False)
+
     def random(self, *shape):
         return torch.randn(*shape, generator=self._generator)
 

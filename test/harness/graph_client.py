@@ -1,9 +1,7 @@
 """A client that sends the requests of a script, each when another one has got as far as the script says."""
 
-from array import array
-
-from sglang.srt.managers.io_struct import BatchTokenIDOutput, TokenizedGenerateReqInput
-from sglang.srt.sampling.sampling_params import SamplingParams
+from harness.scheduler_requests import tokenized
+from sglang.srt.managers.io_struct import BatchTokenIDOutput
 
 # Polls without an answer after which a request counts as forgotten.
 PATIENCE = 500
@@ -44,21 +42,7 @@ class ScriptClient:
 
     def _message(self, name, asked):
         stop = list(range(self._vocab)) if asked.stops else None
-        sampling = SamplingParams(
-            temperature=0, max_new_tokens=asked.most, ignore_eos=not asked.stops, stop_token_ids=stop
-        )
-        sampling.normalize(None)
-        return TokenizedGenerateReqInput(
-            rid=name,
-            input_text="",
-            input_ids=array("q", asked.prompt),
-            input_embeds=None,
-            mm_inputs=None,
-            token_type_ids=None,
-            sampling_params=sampling,
-            return_logprob=False,
-            logprob_start_len=-1,
-            top_logprobs_num=0,
-            token_ids_logprob=None,
-            stream=True,
-        )
+        return tokenized(
+            name, asked.prompt, stream=True,
+            temperature=0, max_new_tokens=asked.most, ignore_eos=not asked.stops, stop_token_ids=stop,
+        )  # fmt: skip

@@ -70,10 +70,7 @@ def make_case(kernels, key, value, heads, kv_heads, residual, dtype=torch.float3
     )  # fmt: skip
     if kernels is TritonKernels:
         model.fill = ReferenceKernels(model.storage)
-    for slot, length in enumerate(lengths, start=1):
-        model.begin(slot)
-        if length:
-            model.step((slot, length), attend=False)
+    model.begin_all(lengths)
     return model
 
 

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import launcher
+from harness.chosen import chosen_tests
 
 LIMIT_SECONDS = 300  # for a process that hangs; what runs in one takes seconds
 
@@ -43,8 +44,7 @@ def start_all(request, start, runs_of):
     request: of a module's fixture. start: takes the arguments of a run and returns a Future. runs_of: takes a test (pytest.Item)
     and returns the arguments of its runs.
     """
-    tests = [item for item in request.session.items if item.path == request.path]
-    return {test.name: [start(*run) for run in runs_of(test)] for test in tests}
+    return {test.name: [start(*run) for run in runs_of(test)] for test in chosen_tests(request)}
 
 
 def _load(module):

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from sglang.srt.kvtuner.config.flags import KVTunerConfigError
 from sglang.srt.server_args import ServerArgs
 
 LLAMA = {
@@ -40,3 +43,10 @@ def resolve(model_path, **fields):
     args = server_args(model_path, **fields)
     args.resolve_once()
     return args.resolved_dict()
+
+
+def refusal(model_path, **fields):
+    """What resolving such arguments is refused with."""
+    with pytest.raises(KVTunerConfigError) as caught:
+        resolve(model_path, **fields)
+    return str(caught.value)

@@ -4,19 +4,17 @@ What they do depends on the seed and on the order of what the scheduler does, no
 does the same on every machine.
 """
 
-from array import array
 from collections import Counter, deque
 from dataclasses import dataclass
 
+from harness.scheduler_requests import tokenized
 from harness.soak_model import VOCAB
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
     FlushCacheReqInput,
     FlushCacheReqOutput,
-    TokenizedGenerateReqInput,
 )
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 # Polls without an answer after which a request counts as forgotten.
 PATIENCE = 2000
@@ -123,24 +121,11 @@ class Client:
         self._number += 1
         rid = f"{self._number:06}"
         self._asked[rid], self._answers[rid] = asked, []
+        # Rising, so that some preempt what runs.
+        priority = self._number * self._rng.randrange(4) if self._scenario.priorities else None
         # With a token that ends an answer, what happens would depend on how the machine samples.
-        sampling = SamplingParams(temperature=1.0, max_new_tokens=asked.most, ignore_eos=True)
-        sampling.normalize(None)
-        return TokenizedGenerateReqInput(
-            rid=rid,
-            input_text="",
-            input_ids=array("q", asked.prompt),
-            input_embeds=None,
-            mm_inputs=None,
-            token_type_ids=None,
-            sampling_params=sampling,
-            return_logprob=False,
-            logprob_start_len=-1,
-            top_logprobs_num=0,
-            token_ids_logprob=None,
-            stream=False,
-            # Rising, so that some preempt what runs.
-            priority=self._number * self._rng.randrange(4) if self._scenario.priorities else None,
+        return tokenized(
+            rid, asked.prompt, priority=priority, temperature=1.0, max_new_tokens=asked.most, ignore_eos=True
         )
 
     def _tokens(self, count):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from harness.cache_model import naive_attention
+from harness.chosen import chosen_values
 from harness.device import build
 from harness.device.cases import BITS, GROUPS, HEAD_DIMS, Case, all_widths, layer_of, random_layers, supported
 from harness.device.steps import TOLERANCE, cache_of, decode
@@ -16,8 +17,7 @@ CASES = all_widths(2)
 @pytest.fixture(scope="module", autouse=True)
 def libraries(request):
     """The compiler takes most of the time, on one core: all chosen cases' libraries are built at once."""
-    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    cases = [test.callspec.params["case"] for test in tests if "case" in test.callspec.params]
+    cases = chosen_values(request, "case")
     build.load_all((LayerFormat(case.layer.key, case.layer.value), case.dtype == torch.bfloat16) for case in cases)
 
 

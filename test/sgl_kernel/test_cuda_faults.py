@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from harness.chosen import chosen_values
 from harness.device.build import build_library, machine_objects, open_library
 from harness.device.cases import Case, layer_of
 from harness.device.faults import FAULTS
@@ -35,14 +36,13 @@ def finding(library, **machine):
 @pytest.fixture(scope="module")
 def libraries(request, tmp_path_factory):
     """Futures of the builds with a fault, by its name; the compiler has one thread, so there is a build for every core."""
-    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     machine_objects(False)
 
     def build(fault):
         return build_library(CASE.layer, False, kernels=fault.plant(tmp_path_factory.mktemp("fault")))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {(fault := test.callspec.params["fault"]).name: pool.submit(build, fault) for test in tests}
+        yield {fault.name: pool.submit(build, fault) for fault in chosen_values(request, "fault")}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

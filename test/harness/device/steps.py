@@ -21,10 +21,7 @@ def cache_of(case, lengths=LENGTHS, **options):
         num_slots=len(lengths) + 1,
     )
     model.fill = ReferenceKernels(model.storage)
-    for slot, length in enumerate(lengths, start=1):
-        model.begin(slot)
-        if length:
-            model.step((slot, length), attend=False)
+    model.begin_all(lengths)
     return model
 
 

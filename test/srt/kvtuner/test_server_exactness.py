@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import harness
+from harness.chosen import chosen_values
 from harness.fake_quant import Recipe, window_logprobs
 from harness.text import prose_tokens, windows
 from harness.upstream import unpack_upstream
@@ -160,7 +161,7 @@ def test_window_larger_than_every_sequence_equals_flag_off(smollm2_checkpoint, f
 def server_of(request, flag_off, smollm2_checkpoint, tmp_path_factory):
     """Called with a recipe's name, a context with its server, which may still start. The next test's server starts meanwhile: that
     takes most of a minute, on one core."""
-    names = [item.callspec.id for item in request.session.items if "server_of" in item.fixturenames]
+    names = chosen_values(request, "name")
     started = {}
 
     def start(name):

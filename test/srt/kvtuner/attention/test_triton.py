@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.chosen import chosen_values
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[3]
 
@@ -25,9 +27,8 @@ SUITES = {
 def results(request):
     """By file, what its process will have printed. All that were chosen run at once, on a core each: the interpreter has one
     thread."""
-    chosen = {item.callspec.params["file"] for item in request.session.items if item.path == request.path}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {file: pool.submit(run, file, SUITES[file][0]) for file in SUITES if file in chosen}
+        yield {file: pool.submit(run, file, SUITES[file][0]) for file in chosen_values(request, "file")}
 
 
 def run(file, choice):
